@@ -1,0 +1,1505 @@
+"""Everything the notebooks of *Influence over Inference* share.
+
+    I(z, z_test) = ∇L(z_test)ᵀ (H + λI)⁻¹ ∇L(z) / n  ≈  L(z_test; θ trained without z) − L(z_test; θ)
+
+THE SIGN: a positive influence is HELPFUL (without z the test loss would rise), a negative one is HARMFUL.
+It is stated here once, holds in every function below, and is guarded by a test that retrains.
+
+Words: `params` θ (p of them), n `train` and m `test` samples, `loss` L the per-sample cross-entropy, `damping` λ,
+`scores` the (m, n) influence matrix, `directions` the m solutions s = (H + λI)⁻¹∇L(z_test).
+
+The module reads in the order the data flows; a section never calls one below it:
+    setup → data → model and training → evaluation → influence → plots → results on disk
+
+Sources: Koh & Liang, "Understanding Black-box Predictions via Influence Functions", ICML 2017, arXiv:1703.04730;
+Agarwal, Bullins & Hazan, "Second-Order Stochastic Optimization for Machine Learning in Linear Time" (LiSSA), JMLR
+2017; Martens, "New Insights and Perspectives on the Natural Gradient Method", JMLR 2020 (Fisher and Gauss-Newton).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import joblib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytorch_influence_functions as ptif
+import torch
+import torch.nn.functional as F
+from IPython.display import Image, display
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.utils.data import DataLoader, default_collate
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+from tqdm.auto import tqdm
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Setup: run mode, device, seeds, safe files                                                                   ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+class CorruptFileError(ValueError):
+    """A file on disk is damaged or not what its name promises; the message names it and says what to do."""
+
+
+class NonFiniteError(ValueError):
+    """A computation produced NaN or infinity; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class RunMode:
+    """How this execution of a notebook was asked to run; set by environment variables, so no cell needs editing.
+
+    `fast` (INFLUENCE_FAST=1) shrinks data and epochs only; the mathematics stays the same.
+    `retrain` (INFLUENCE_RETRAIN=1) trains even where a matching checkpoint exists.
+    `output` (INFLUENCE_OUT, default: this folder) is where `images/` and `data/` are written.
+    """
+
+    fast: bool
+    retrain: bool
+    output: Path
+
+    @property
+    def images(self) -> Path:
+        """Folder of the figures."""
+        return self.output / "images"
+
+    @property
+    def data(self) -> Path:
+        """Folder of the checkpoint and of results.json."""
+        return self.output / "data"
+
+
+def run_mode() -> RunMode:
+    """The `RunMode` of this process, read from its environment variables."""
+
+    def flag(name: str) -> bool:
+        return os.environ.get(name, "0").lower() in {"1", "true", "yes"}
+
+    return RunMode(flag("INFLUENCE_FAST"), flag("INFLUENCE_RETRAIN"), Path(os.environ.get("INFLUENCE_OUT", ".")))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises ValueError when the device asked for is not on this machine.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: use 'auto', 'cpu', 'cuda' or 'mps'") from error
+    if not available.get(device.type, False):
+        raise ValueError(f"device {name!r} asked for, but torch can use none here; use 'auto' or 'cpu'")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on every device (initial weights); whatever else is random here takes a seed of its own."""
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; rename it to `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes private files; a result is for everyone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Data: CIFAR-10, or the loudly announced stand-in                                                             ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DOWNLOAD_PATIENCE_S = 15.0
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Labelled images held in memory once; a map-style data set of (normalised image, label).
+
+    `images`: (n, 3, 32, 32) uint8, `labels`: (n,) int64, in the order (and so with the indices) of torchvision.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return normalise(self.images[index]), int(self.labels[index])
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {len(self):,} images {tuple(self.images.shape[1:])}, {len(self.class_names)} classes"
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, 3, 32, 32) float32, normalised, and labels (b,) at `indices`."""
+        return normalise(self.images[indices]), self.labels[indices]
+
+    def subset(self, indices: Tensor | NDArray[Any] | Sequence[int]) -> ImageData:
+        """The same data restricted to `indices` (which then count from 0)."""
+        chosen = torch.as_tensor(indices)
+        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    def class_of(self, index: int) -> str:
+        """Name of the class that image `index` is labelled with."""
+        return self.class_names[int(self.labels[index])]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Checksum of images and labels; a checkpoint carries it so that it is never used for other data."""
+        images = zlib.crc32(np.ascontiguousarray(self.images.numpy()).data)
+        return f"{self.name}-{len(self)}-{zlib.crc32(self.labels.numpy().tobytes(), images):08x}"
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 pixels 0..255 → float32 in [−1, 1]; equals torchvision's ToTensor then Normalize(0.5, 0.5)."""
+    return images.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+
+
+def load_data(dataset: str = "auto", root: str | Path = "data") -> tuple[ImageData, ImageData]:
+    """Train and test data: `root`, then the folder in CIFAR10_DIR, then a download, then (only "auto") the stand-in.
+
+    dataset: "auto", "cifar10" (an error instead of the stand-in) or "digits" (the stand-in itself).
+    Raises CorruptFileError when a data file is damaged, FileNotFoundError when "cifar10" cannot be had.
+    """
+    if dataset not in {"auto", "cifar10", "digits"}:
+        raise ValueError(f"unknown dataset {dataset!r}: use 'auto', 'cifar10' or 'digits'")
+    if dataset == "digits":
+        return _digits()
+    folder = _find_cifar10(Path(root)) or _download_cifar10(Path(root))
+    if folder is not None:
+        return _read_cifar10(folder, train=True), _read_cifar10(folder, train=False)
+    if dataset == "cifar10":
+        raise FileNotFoundError(
+            f"CIFAR-10 is neither in {Path(root)}/ nor in CIFAR10_DIR, and cannot be downloaded. Unpack "
+            f"cifar-10-python.tar.gz so that {Path(root) / CIFAR10.base_folder}/ holds its files, or set CIFAR10_DIR."
+        )
+    print(stand_in_banner())
+    return _digits()
+
+
+def stand_in_banner() -> str:
+    """The notice that nobody can overlook when there is no CIFAR-10."""
+    lines = (
+        "THIS IS NOT CIFAR-10",
+        "CIFAR-10 was found neither in data/ nor in CIFAR10_DIR, and cannot be downloaded.",
+        "Every cell runs, but on a STAND-IN: scikit-learn's 1,797 handwritten digits, enlarged.",
+        "Nothing the text says about planes, cats or dogs applies to what you see.",
+    )
+    return "\n".join(["!" * 96, *(f"!!  {line:<88}  !!" for line in lines), "!" * 96])
+
+
+def _find_cifar10(root: Path) -> Path | None:
+    """The first of `root` and CIFAR10_DIR that holds the official files, every one of them verified by md5."""
+    named = os.environ.get("CIFAR10_DIR")
+    candidates = [root] + ([Path(named), Path(named).parent] if named else [])
+    for folder in candidates:
+        base = folder / CIFAR10.base_folder
+        if not base.is_dir():
+            continue
+        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
+            if not check_integrity(str(base / file), md5):
+                state = "is damaged (wrong md5)" if (base / file).exists() else "is missing"
+                raise CorruptFileError(f"{base / file} {state}; restore it, or delete {base} to download again")
+        return folder
+    return None
+
+
+def _download_cifar10(root: Path) -> Path | None:
+    """Download and unpack into `root`; None, within DOWNLOAD_PATIENCE_S, when the server cannot be reached."""
+    reachable = threading.Event()
+
+    def probe() -> None:
+        try:
+            with urllib.request.urlopen(CIFAR10.url, timeout=DOWNLOAD_PATIENCE_S):
+                reachable.set()
+        except OSError:
+            pass
+
+    # A name look-up has no time-out of its own, so it is left behind in a thread when it hangs.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_PATIENCE_S)
+    if not reachable.is_set():
+        return None
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as unfinished:
+        CIFAR10(unfinished, download=True)
+        shutil.move(str(Path(unfinished) / CIFAR10.base_folder), str(root / CIFAR10.base_folder))
+    return root
+
+
+def _read_cifar10(folder: Path, train: bool) -> ImageData:
+    """torchvision's reader (which checks the md5 once more) → tensors."""
+    data = CIFAR10(str(folder), train=train)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (n, 32, 32, 3) → (n, 3, 32, 32)
+    return ImageData("CIFAR-10", images, torch.tensor(data.targets), CLASS_NAMES)
+
+
+def _digits() -> tuple[ImageData, ImageData]:
+    """scikit-learn's digits, 8 × 8 with 16 greys, enlarged to 3 × 32 × 32; every fifth one is a test image."""
+    raw = load_digits()
+    small = torch.from_numpy(raw.images / 16 * 255)[:, None]  # (n, 8, 8) → (n, 1, 8, 8)
+    large = F.interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    names = tuple(f"digit {number}" for number in range(10))
+    data = ImageData("digits stand-in", large.contiguous(), torch.from_numpy(raw.target).long(), names)
+    is_test = torch.arange(len(data)) % 5 == 0
+    return data.subset(torch.where(~is_test)[0]), data.subset(torch.where(is_test)[0])
+
+
+def shuffled_batches(data: ImageData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over `data` in a random order: images (b, 3, 32, 32), normalised, and labels (b,)."""
+    for chosen in torch.randperm(len(data), generator=generator).split(batch_size):
+        yield data.batch(chosen)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Model and training                                                                                           ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+class Net(nn.Module):
+    """The LeNet-style network of the course: images (b, 3, 32, 32) → logits (b, 10); 62,006 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, 3, 32, 32) → logits (b, 10)."""
+        x = self.pool(F.relu(self.conv1(x)))  # (b, 6, 14, 14)
+        x = self.pool(F.relu(self.conv2(x)))  # (b, 16, 5, 5)
+        x = torch.flatten(x, 1)  # (b, 400)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the trained weights, apart from the data.
+
+    SGD with Nesterov momentum and a one-cycle learning rate that peaks at `peak_lr` (Smith 2018, arXiv:1708.07120).
+    """
+
+    seed: int = 0
+    epochs: int = 12
+    batch_size: int = 128
+    peak_lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "peak_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch `model` to eval mode for the block, then every sub-module back to the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters p."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def train_model(model: nn.Module, train: ImageData, validation: ImageData, config: TrainConfig) -> pd.DataFrame:
+    """Train `model` in place on its own device; no augmentation, so that the training set is the training set.
+
+    Returns one row an epoch: epoch, train_loss, train_accuracy (running, while the weights move), validation_loss,
+    validation_accuracy, seconds. The last epoch's weights are kept: the validation data decides nothing.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.peak_lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps)
+    history, start = [], time.perf_counter()
+    for epoch in tqdm(range(1, config.epochs + 1), desc="training", unit="epoch", leave=False):
+        batches = shuffled_batches(train, config.batch_size, generator)
+        loss, accuracy = _train_epoch(model, batches, optimizer, scheduler)
+        checked = evaluate(model, validation)
+        history.append(
+            {
+                "epoch": epoch,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "validation_loss": checked.loss,
+                "validation_accuracy": checked.accuracy,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+    return pd.DataFrame(history)
+
+
+def _train_epoch(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> tuple[float, float]:
+    """One pass over `batches`; mean loss and accuracy as measured on the way."""
+    model.train()
+    device = next(model.parameters()).device
+    loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        loss_sum += loss.detach() * len(labels)
+        hits += (logits.detach().argmax(1) == labels).sum()
+        seen += len(labels)
+    if not torch.isfinite(loss_sum):
+        raise NonFiniteError("the training loss became NaN or infinite; lower TrainConfig.peak_lr")
+    return float(loss_sum) / seen, float(hits) / seen
+
+
+def save_checkpoint(path: str | Path, model: nn.Module, identity: Mapping[str, Any], history: pd.DataFrame) -> None:
+    """Write weights as safetensors; `identity` (what they were trained with) and the history ride in its header."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    header = {"identity": json.dumps(identity, sort_keys=True), "history": history.to_json(orient="records")}
+    with atomic_path(path) as temporary:
+        save_file(weights, str(temporary), metadata=header)
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.DataFrame]:
+    """Weights, identity and history of a checkpoint; CorruptFileError names a file that is damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.offset_keys()}
+            header = file.metadata() or {}
+        return weights, json.loads(header["identity"]), pd.DataFrame(json.loads(header["history"]))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CorruptFileError(
+            f"checkpoint {path} is damaged or not ours ({error}); delete it or restore it: git checkout -- {path}"
+        ) from error
+
+
+def train_or_load(
+    model: nn.Module, train: ImageData, validation: ImageData, config: TrainConfig, path: str | Path, retrain: bool
+) -> pd.DataFrame:
+    """Load `path` if it was trained with this very configuration on this very data, else train and save there.
+
+    Returns the training history. A checkpoint of another configuration is replaced, and the reason is printed; a
+    damaged one is an error (see `read_checkpoint`), because silently training again would hide it.
+    """
+    identity = {"model": type(model).__name__, "train": train.fingerprint, **asdict(config)}
+    if not retrain and Path(path).exists():
+        weights, found, history = read_checkpoint(path)
+        if found == identity:
+            model.load_state_dict(weights)
+            print(f"loaded {path}: trained with this very configuration ({len(history)} epochs)")
+            return history
+        differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
+        print(f"training again: the checkpoint {path} was made with another {', '.join(differing)}")
+    history = train_model(model, train, validation, config)
+    save_checkpoint(path, model, identity, history)
+    print(f"trained {config.epochs} epochs in {history['seconds'].iloc[-1]:.0f} s; saved {path}")
+    return history
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Evaluation                                                                                                   ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model says of a data set: `logits` (n, C), `labels` (n,), both on the CPU."""
+
+    logits: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def predictions(self) -> Tensor:
+        """(n,) class with the largest logit."""
+        return self.logits.argmax(1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(n, C) softmax of the logits."""
+        return self.logits.softmax(1)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions, 0..1."""
+        return float((self.predictions == self.labels).float().mean())
+
+    @property
+    def losses(self) -> Tensor:
+        """(n,) cross-entropy in nats."""
+        return F.cross_entropy(self.logits, self.labels, reduction="none")
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return float(self.losses.mean())
+
+    def confusion(self) -> NDArray[np.int64]:
+        """(C, C) counts; row = true class, column = predicted class."""
+        return confusion_matrix(self.labels, self.predictions, labels=range(len(self.class_names)))
+
+    def per_class(self) -> pd.DataFrame:
+        """Precision, recall, F1 (0..1) and number of images of each class, and their macro average."""
+        scores = precision_recall_fscore_support(
+            self.labels, self.predictions, labels=range(len(self.class_names)), zero_division=0
+        )
+        table = pd.DataFrame(dict(zip(("precision", "recall", "F1", "images"), scores)), index=list(self.class_names))
+        table.loc["macro average"] = [*table[["precision", "recall", "F1"]].mean(), table["images"].sum()]
+        return table.astype({"images": int})
+
+
+def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000) -> Evaluation:
+    """Run `model` (in eval mode, put back afterwards) over `data`."""
+    device = next(model.parameters()).device
+    with eval_mode(model), torch.no_grad():
+        logits = [model(data.batch(part)[0].to(device)).cpu() for part in torch.arange(len(data)).split(batch_size)]
+    return Evaluation(torch.cat(logits), data.labels, data.class_names)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Influence: settings and inputs                                                                               ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""(outputs (b, …), labels (b,)) → (b,) numbers, lower is better; what influence is the influence on."""
+
+
+def loss_measure(logits: Tensor, labels: Tensor) -> Tensor:
+    """(b,) cross-entropy of logits (b, C), in nats."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin_measure(logits: Tensor, labels: Tensor) -> Tensor:
+    """(b,) −log(p_y / (1 − p_y)): the margin of TRAK (Park et al. 2023, arXiv:2303.14186), negated: lower is better."""
+    right = logits.gather(1, labels[:, None]).squeeze(1)
+    others = torch.zeros_like(logits).scatter(1, labels[:, None], -torch.inf)
+    return torch.logsumexp(logits + others, dim=1) - right
+
+
+MEASURES: dict[str, Measure] = {"loss": loss_measure, "margin": margin_measure}
+
+
+@dataclass(frozen=True)
+class InfluenceSettings:
+    """How influence is computed; every field has a working default and is checked.
+
+    solver      how (H + λI)⁻¹ is applied: "kernel", "cg", "lissa" or "identity" (see `SOLVERS`)
+    measure     "loss", "margin", or your own `Measure`
+    damping     λ > 0, in units of the curvature; None: the mean diagonal of the Gram matrix of the sampled gradients
+                divided by `samples`, that is the mean of the curvature's non-zero eigenvalues
+    samples     r: how many training images stand in for all of them in the curvature H
+    curvature   of "cg" and "lissa": "gauss_newton" (never negative) or "hessian"
+    tolerance   of "cg": relative residual at which it stops;  iterations: of "cg" at most, the depth of "lissa"
+    batch_size, scale, repeats   of "lissa": images a step, divisor (None: from the largest eigenvalue), averaged runs
+    chunk       training images scored at a time; jobs: joblib workers; device: "auto", "cpu", "cuda" or "mps"
+    seed        of everything that is sampled;  progress: show a bar on the terminal
+    """
+
+    solver: str = "kernel"
+    measure: str | Measure = "loss"
+    damping: float | None = None
+    samples: int = 2000
+    curvature: str = "gauss_newton"
+    tolerance: float = 1e-3
+    iterations: int = 500
+    batch_size: int = 64
+    scale: float | None = None
+    repeats: int = 1
+    chunk: int = 250
+    jobs: int = 1
+    device: str = "auto"
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("solver", SOLVERS), ("curvature", ("gauss_newton", "hessian")), ("measure", MEASURES)):
+            value = getattr(self, name)
+            if not callable(value) and value not in allowed:
+                raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(allowed)}")
+        for name in ("damping", "scale", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise ValueError(f"{name} must be a positive number, not {value}")
+        for name in ("samples", "iterations", "batch_size", "repeats", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.jobs == 0:
+            raise ValueError("jobs must be a number of workers, or −1 for all cores, not 0")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as plain values for JSON; a measure of your own by its name."""
+        name = self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "own")
+        return {**asdict(self), "measure": name}
+
+
+SOLVERS = ("kernel", "cg", "lissa", "identity")
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Uniform access to tensor pairs, `ImageData` and map-style data sets: `batch(indices)` → images, labels."""
+
+    size: int
+    batch: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _as_source(data: Any, role: str) -> _Source:
+    """Wrap what the caller passed; ValueError when it is empty or of no known kind."""
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        images, labels = data
+        if len(images) != len(labels):
+            raise ValueError(f"{role}: {len(images)} images but {len(labels)} labels; they must pair up")
+        source = _Source(len(labels), lambda chosen: (images[chosen], labels[chosen]))
+    elif isinstance(data, ImageData):
+        source = _Source(len(data), data.batch)
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        source = _Source(len(data), lambda chosen: tuple(default_collate([data[int(i)] for i in chosen])))
+    else:
+        raise ValueError(
+            f"{role} must be a pair of tensors (images, labels) or a map-style data set, not {type(data).__name__}; "
+            "for a DataLoader pass its .dataset"
+        )
+    if source.size == 0:
+        raise ValueError(f"{role} is empty: influence needs at least one image")
+    return source
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """A private copy of the model with the data and settings: what every solver and the scoring work on."""
+
+    model: nn.Module
+    params: dict[str, Tensor]
+    train: _Source
+    settings: InfluenceSettings
+    classes: int
+
+    @property
+    def measure(self) -> Measure:
+        return self.settings.measure if callable(self.settings.measure) else MEASURES[self.settings.measure]
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """(r,) indices of the training images that stand in for all of them in the curvature."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        order = torch.randperm(self.train.size, generator=generator)
+        return order[: self.settings.samples].sort().values
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(r, p) sampled gradients whose second moment is the Fisher matrix.
+
+        For the loss, each label is drawn from the model's own prediction: the expectation is then the true Fisher,
+        which equals the Gauss-Newton matrix (Martens 2020, sec. 9). Other measures use the given labels.
+        """
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        draws = torch.rand(
+            len(self.sample), 1, generator=generator, dtype=torch.float64
+        )  # one an image: any chunk size
+        rows = []
+        for (images, labels), draw in zip(self.batches(self.train, self.sample), draws.split(self.settings.chunk)):
+            if self.measure is loss_measure:
+                with torch.no_grad():
+                    cumulated = self.model(images).double().softmax(1).cumsum(1)
+                labels = torch.searchsorted(cumulated, draw.to(cumulated)).squeeze(1).clamp_max(self.classes - 1)
+            rows.append(self.gradients(images, labels))
+        return torch.cat(rows)
+
+    @cached_property
+    def damping(self) -> float:
+        """λ as given, or the mean of the sampled Fisher's non-zero eigenvalues."""
+        if self.settings.damping is not None:
+            return self.settings.damping
+        automatic = float(self.rows.square().sum(1).mean()) / len(self.sample)
+        if automatic <= 0:
+            raise ValueError("every sampled gradient is zero, so no damping can be derived; pass damping=")
+        return automatic
+
+    def batches(self, source: _Source, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Checked chunks of `source` on the model's device, images in the model's float type."""
+        like = next(iter(self.params.values()))
+        for chosen in indices.split(self.settings.chunk):
+            images, labels = source.batch(chosen)
+            if isinstance(self.settings.measure, str):
+                _check_labels(labels, self.classes)
+            floating = images.is_floating_point()
+            yield images.to(like.device, like.dtype if floating else None), labels.to(like.device)
+
+    def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(b, p) gradient of the measure at each sample, by vmap(grad)."""
+        return flatten_params(_per_sample_gradients(self.model, self.params, self.measure, images, labels))
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels must be whole numbers, one an image, not {labels.dtype} {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must lie in 0..{classes - 1}: the model has {classes} outputs; found {low}..{high}")
+
+
+def _make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> _Problem:
+    """Copy the model (so that the caller's is never touched), move it, and try it on one training image."""
+    device = pick_device(settings.device)
+    private = copy.deepcopy(model).to(device).eval()
+    params = {name: param.detach() for name, param in private.named_parameters() if param.requires_grad}
+    if not params:
+        raise ValueError("the model has no trainable parameter (requires_grad); influence is about trained parameters")
+    if not all(torch.isfinite(param).all() for param in params.values()):
+        raise NonFiniteError("the model's weights contain NaN or infinity; train it again or load another checkpoint")
+    source = _as_source(train, "train")
+    probe = _Problem(private, params, source, settings, classes=2**62)
+    (images, _), *_ = probe.batches(source, torch.zeros(1, dtype=torch.long))
+    try:
+        with torch.no_grad():
+            outputs = private(images)
+    except RuntimeError as error:
+        raise ValueError(f"the model refuses images of shape {tuple(images.shape[1:])}: {error}") from error
+    if isinstance(settings.measure, str) and outputs.ndim != 2:
+        raise ValueError(f"the model must return logits (b, C), not {tuple(outputs.shape)}; or pass your own measure")
+    if not torch.isfinite(outputs).all():
+        raise NonFiniteError("the model returns NaN or infinity for the first training image; check weights and pixels")
+    return dataclasses.replace(probe, classes=outputs.shape[-1])
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Influence: gradients and curvature                                                                           ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def _per_sample_gradients(
+    model: nn.Module, params: dict[str, Tensor], measure: Measure, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """name → (b, *shape): the gradient of the measure with respect to `params`, one a sample."""
+
+    def single(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return measure(functional_call(model, values, (image[None],)), label[None]).sum()
+
+    return vmap(grad(single), in_dims=(None, 0, 0))(params, images, labels)
+
+
+def flatten_params(tensors: Mapping[str, Tensor]) -> Tensor:
+    """name → (k, *shape) becomes (k, p), parameters side by side in the model's order."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
+
+
+def unflatten_params(matrix: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(k, p) becomes name → (k, *shape): the inverse of `flatten_params`."""
+    pieces = matrix.split([param.numel() for param in params.values()], dim=1)
+    return {name: piece.unflatten(1, params[name].shape) for name, piece in zip(params, pieces)}
+
+
+def _curvature_product(problem: _Problem, vectors: Tensor, indices: Tensor) -> Tensor:
+    """(k, p) → (k, p): the mean Gauss-Newton matrix or Hessian of the samples at `indices`, times each vector.
+
+    Gauss-Newton is Jᵀ(∂²M/∂outputs²)J: forward mode to the outputs, their small Hessian, reverse mode back.
+    """
+    total = torch.zeros_like(vectors)
+    for images, labels in problem.batches(problem.train, indices):
+
+        def outputs(values: dict[str, Tensor], images: Tensor = images) -> Tensor:
+            return functional_call(problem.model, values, (images,))
+
+        def summed(out: Tensor, labels: Tensor = labels) -> Tensor:
+            return problem.measure(out, labels).sum()
+
+        def gauss_newton(vector: dict[str, Tensor]) -> dict[str, Tensor]:
+            moved: tuple[Tensor, ...] = jvp(outputs, (problem.params,), (vector,))
+            curved = jvp(grad(summed), moved[:1], moved[1:])[1]
+            return vjp(outputs, problem.params)[1](curved)[0]
+
+        def hessian(vector: dict[str, Tensor]) -> dict[str, Tensor]:
+            def whole(values: dict[str, Tensor]) -> Tensor:
+                return summed(outputs(values))
+
+            return jvp(grad(whole), (problem.params,), (vector,))[1]
+
+        product = gauss_newton if problem.settings.curvature == "gauss_newton" else hessian
+        total += flatten_params(vmap(product)(unflatten_params(vectors, problem.params)))
+    return total / len(indices)
+
+
+def largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, seed: int = 0, steps: int = 30) -> float:
+    """Largest |eigenvalue| of a symmetric matrix given as (1, p) → (1, p), by power iteration (to about 1 %)."""
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.randn(1, like.shape[1], generator=generator).to(like)
+    eigenvalue = 0.0
+    for _ in range(steps):
+        vector = vector / vector.norm()
+        image = product(vector)
+        previous, eigenvalue = eigenvalue, float(image.norm())
+        if eigenvalue == 0 or abs(eigenvalue - previous) < 1e-3 * eigenvalue:
+            break
+        vector = image
+    return eigenvalue
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Influence: solvers of (H + λI) s = v                                                                         ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a solver says of its own answer.
+
+    residual            largest relative residual ‖(H + λI)s − v‖ / ‖v‖ over the test images, in the solver's own H
+    damping             λ, in units of the curvature;  largest_eigenvalue: of that H (None where there is no H)
+    iterations          steps taken (0: direct);  samples: training images that H was made of
+    seconds_solve, seconds_score   wall time of the two halves of the call
+    """
+
+    solver: str
+    residual: float
+    damping: float
+    largest_eigenvalue: float | None
+    iterations: int
+    samples: int
+    seconds_solve: float = math.nan
+    seconds_score: float = math.nan
+
+
+def _relative_residual(residual: Tensor, v: Tensor) -> float:
+    """Largest ‖residual‖ / ‖v‖ over the rows; a zero right-hand side has a zero residual."""
+    return float((residual.norm(dim=1) / v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)).max())
+
+
+class _KernelSolver:
+    """Direct: the damped Fisher inverse through the r × r Gram matrix of r sampled gradients G (Woodbury).
+
+    (GᵀG/r + λI)⁻¹ v = (v − Gᵀ (GGᵀ + rλI)⁻¹ G v) / λ. No step size, no divergence; factorised once, in float64.
+    """
+
+    def __init__(self, problem: _Problem) -> None:
+        self.rows, self.damping, self.samples = problem.rows, problem.damping, len(problem.sample)
+        gram = (self.rows @ self.rows.T).double()  # (r, r)
+        self.largest = largest_eigenvalue(lambda vector: vector @ gram, gram[:1]) / self.samples
+        shifted = gram + self.samples * self.damping * torch.eye(self.samples, dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if failed or not torch.isfinite(factor).all():
+            raise NonFiniteError(f"the Gram matrix with damping {self.damping:.1e} is singular; raise damping")
+        self.factor = factor
+
+    def solve(self, v: Tensor) -> tuple[Tensor, Health]:
+        inner = torch.cholesky_solve((self.rows @ v.T).double(), self.factor).to(v.dtype)  # (r, m)
+        s = (v - inner.T @ self.rows) / self.damping
+        check = (s @ self.rows.T) @ self.rows / self.samples + self.damping * s - v
+        health = Health("kernel", _relative_residual(check, v), self.damping, self.largest, 0, self.samples)
+        return s, health
+
+
+class _CGSolver:
+    """Conjugate gradients on curvature products, all right-hand sides at once (Hestenes & Stiefel 1952)."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+        like = flatten_params({name: param[None] for name, param in problem.params.items()})
+        self.largest = largest_eigenvalue(partial(_curvature_product, problem, indices=problem.sample), like)
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """(H + λI) times each row."""
+        return _curvature_product(self.problem, vectors, self.problem.sample) + self.problem.damping * vectors
+
+    def solve(self, v: Tensor) -> tuple[Tensor, Health]:
+        settings = self.problem.settings
+        s, residual, step = torch.zeros_like(v), v.clone(), v.clone()
+        squared, iteration = residual.square().sum(1), 0
+        goal = (settings.tolerance * v.norm(dim=1)).square()
+        while iteration < settings.iterations and bool((squared > goal).any()):
+            open_rows = squared > goal
+            product = self.multiply(step[open_rows])
+            bend = (step[open_rows] * product).sum(1)
+            if not bool((bend > 0).all()):
+                raise NonFiniteError(
+                    f"H + λI is not positive along a search direction; raise damping above {self.problem.damping:.1e}, "
+                    "or use curvature='gauss_newton'"
+                )
+            length = (squared[open_rows] / bend)[:, None]
+            s[open_rows] += length * step[open_rows]
+            residual[open_rows] -= length * product
+            renewed = residual[open_rows].square().sum(1)
+            step[open_rows] = residual[open_rows] + (renewed / squared[open_rows])[:, None] * step[open_rows]
+            squared[open_rows] = renewed
+            iteration += 1
+        worst = _relative_residual(self.multiply(s) - v, v)
+        return s, Health("cg", worst, self.problem.damping, self.largest, iteration, len(self.problem.sample))
+
+
+class _LissaSolver:
+    """The paper's stochastic recursion h ← v + h − (H_batch + λI)h / scale, whose fixed point is scale·(H + λI)⁻¹v.
+
+    Koh & Liang 2017, sec. 3; Agarwal et al. 2017. Unlike in the package, h is fed back, λ is not multiplied by the
+    scale, and the result is divided by it. The scale must exceed every eigenvalue of H_batch + λI met on the way: it is
+    set to twice the largest one found by power iteration on a few batches.
+    """
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem = problem
+        self.generator = torch.Generator().manual_seed(problem.settings.seed)
+        like = flatten_params({name: param[None] for name, param in problem.params.items()})
+        tops = []
+        for batch in [problem.sample, *(self.draw() for _ in range(4))]:
+            tops.append(largest_eigenvalue(partial(_curvature_product, problem, indices=batch), like))
+        self.largest = tops[0]
+        self.scale = problem.settings.scale or 2 * (max(tops) + problem.damping)
+
+    def draw(self) -> Tensor:
+        """Indices of a random batch of the curvature's sample."""
+        sample = self.problem.sample
+        return sample[torch.randint(len(sample), (self.problem.settings.batch_size,), generator=self.generator)]
+
+    def recursion(self, v: Tensor) -> Tensor:
+        h, depth, damping = v.clone(), self.problem.settings.iterations, self.problem.damping
+        for step in range(depth):
+            h = v + h - (_curvature_product(self.problem, h, self.draw()) + damping * h) / self.scale
+            if step % 20 == 0 and not torch.isfinite(h).all():
+                break
+        if not torch.isfinite(h).all():
+            raise NonFiniteError(
+                f"LiSSA diverged at scale {self.scale:.3g} (largest eigenvalue {self.largest:.3g}); raise scale or "
+                "batch_size, or use solver='kernel'"
+            )
+        return h / self.scale
+
+    def solve(self, v: Tensor) -> tuple[Tensor, Health]:
+        settings = self.problem.settings
+        s = torch.stack([self.recursion(v) for _ in range(settings.repeats)]).mean(0)
+        check = _curvature_product(self.problem, s, self.problem.sample) + self.problem.damping * s - v
+        worst = _relative_residual(check, v)
+        steps = settings.iterations * settings.repeats
+        return s, Health("lissa", worst, self.problem.damping, self.largest, steps, len(self.problem.sample))
+
+
+class _IdentitySolver:
+    """H = 0: the plain gradient dot product divided by λ, the baseline that every claim must beat."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self.damping = problem.damping
+
+    def solve(self, v: Tensor) -> tuple[Tensor, Health]:
+        return v / self.damping, Health("identity", 0.0, self.damping, None, 0, 0)
+
+
+_Solver = _KernelSolver | _CGSolver | _LissaSolver | _IdentitySolver
+
+
+def _make_solver(problem: _Problem) -> _Solver:
+    """The solver named in the settings, prepared (factorised, scaled) once for any number of right-hand sides."""
+    kinds: dict[str, type[_Solver]] = dict(zip(SOLVERS, (_KernelSolver, _CGSolver, _LissaSolver, _IdentitySolver)))
+    return kinds[problem.settings.solver](problem)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Influence: scoring the training set, and the one call                                                        ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass(frozen=True, eq=False)
+class _Scorer:
+    """Callable that turns a chunk of training samples into (m, b) dot products of gradient and direction.
+
+    For the layers in `layers`, the gradient of a sample is never formed in full: it is made of the layer's input a
+    and the gradient δ at its output, and δᵀ S a needs only those. All other parameters go through vmap(grad). Each
+    call works on its own copy of the model, so joblib may run calls in threads or in processes alike.
+    """
+
+    model: nn.Module
+    layers: tuple[str, ...]
+    measure: Measure
+    directions: dict[str, Tensor]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        m = len(next(iter(self.directions.values())))
+        model, scores = copy.deepcopy(self.model), images.new_zeros(m, len(images))
+        for name, inputs, deltas in self.capture(model, images, labels):
+            layer = model.get_submodule(name)
+            weight, bias = self.directions[f"{name}.weight"], self.directions.get(f"{name}.bias")
+            product = _linear_products if isinstance(layer, nn.Linear) else _conv_products
+            scores += product(layer, inputs, deltas, weight)
+            if bias is not None:
+                scores += bias @ (_positions(deltas) if isinstance(layer, nn.Linear) else deltas.flatten(2).mT).sum(1).T
+        covered = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
+        left = {*self.directions} - covered
+        rest = {name: param.detach() for name, param in model.named_parameters() if name in left}
+        if rest:
+            gradients = flatten_params(_per_sample_gradients(model, rest, self.measure, images, labels))
+            scores += flatten_params({name: self.directions[name] for name in rest}) @ gradients.T
+        return scores
+
+    def capture(self, model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(layer name, input, gradient at the output) of each call of each layer in one forward and backward pass."""
+        names, inputs, outputs = [], [], []
+
+        def make_hook(name: str) -> Callable[..., Tensor]:
+            def hook(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+                names.append(name)
+                inputs.append(given[0].detach())
+                outputs.append(out)
+                return out.clone()  # so that an in-place activation does not overwrite what was recorded
+
+            return hook
+
+        for name in self.layers:
+            model.get_submodule(name).register_forward_hook(make_hook(name))
+        if self.layers:
+            with torch.enable_grad():
+                total = self.measure(model(images), labels).sum()
+            deltas = torch.autograd.grad(total, outputs, allow_unused=True)
+            yield from ((n, a, d) for n, a, d in zip(names, inputs, deltas) if d is not None)
+
+
+def _positions(features: Tensor) -> Tensor:
+    """(b, …, f) → (b, t, f): every position that a Linear layer was applied to, t = 1 for plain vectors."""
+    return features.reshape(len(features), -1, features.shape[-1])
+
+
+def _linear_products(layer: nn.Module, inputs: Tensor, deltas: Tensor, weights: Tensor) -> Tensor:
+    """δᵀ S a summed over positions: inputs (b, …, i), deltas (b, …, o), weights (m, o, i) → (m, b)."""
+    moved = (_positions(inputs) @ weights.flatten(0, 1).T).unflatten(2, weights.shape[:2])  # (b, t, i) → (b, t, m, o)
+    return torch.einsum("btmo,bto->mb", moved, _positions(deltas))
+
+
+def _conv_products(layer: nn.Module, inputs: Tensor, deltas: Tensor, weights: Tensor) -> Tensor:
+    """Per-sample weight gradients of a plain convolution times weights (m, o, c, k, l) → (m, b).
+
+    The input is unfolded along its width only (k-fold instead of k²-fold memory); each kernel row is then one batched
+    matrix product with a contiguous window of it.
+    """
+    assert isinstance(layer, nn.Conv2d)
+    vertical, horizontal = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
+    padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical))  # (b, c, H, W)
+    (height, width), (c, k, length) = deltas.shape[2:], weights.shape[2:]
+    columns = padded.unfold(3, length, 1).permute(0, 1, 4, 2, 3).reshape(len(inputs), c * length, -1)  # (b, cl, H·w)
+    d = deltas.flatten(2)  # (b, o, h·w)
+    windows = [columns[:, :, row * width : (row + height) * width].transpose(1, 2) for row in range(k)]
+    gradients = torch.stack([torch.bmm(d, window) for window in windows], dim=1)  # (b, k, o, c·l)
+    return weights.permute(0, 3, 1, 2, 4).flatten(1) @ gradients.flatten(1).T
+
+
+def _fast_layers(problem: _Problem) -> tuple[str, ...]:
+    """Layers whose gradients factor: trainable Linear and plain Conv2d whose parameters nobody shares.
+
+    Proven on two training images against vmap(grad) for a random direction; on any doubt the answer is none, and
+    everything goes through vmap(grad), slower but general.
+    """
+    owners: dict[Tensor, int] = {}
+    for _, param in problem.model.named_parameters(remove_duplicate=False):
+        owners[param] = owners.get(param, 0) + 1
+    names = []
+    for name, layer in problem.model.named_modules():
+        plain = isinstance(layer, nn.Linear) or (
+            isinstance(layer, nn.Conv2d)
+            and (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+            and not isinstance(layer.padding, str)
+        )
+        own = list(layer.parameters(recurse=False))
+        if name and plain and all(param.requires_grad and owners[param] == 1 for param in own):
+            names.append(name)
+    generator = torch.Generator().manual_seed(0)
+    direction = {n: torch.randn(1, *p.shape, generator=generator).to(p) for n, p in problem.params.items()}
+    (images, labels), *_ = problem.batches(problem.train, torch.arange(min(2, problem.train.size)))
+    slow = _Scorer(problem.model, (), problem.measure, direction)(images, labels)
+    try:
+        fast = _Scorer(problem.model, tuple(names), problem.measure, direction)(images, labels)
+    except (RuntimeError, ValueError, TypeError):
+        return ()
+    tolerance = 1e-3 if slow.dtype in (torch.float32, torch.float16, torch.bfloat16) else 1e-9
+    return tuple(names) if torch.allclose(fast, slow, rtol=tolerance, atol=tolerance * float(slow.abs().max())) else ()
+
+
+def _score(problem: _Problem, directions: Tensor) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """(m, p) directions → (m, n) influences, streamed in chunks through joblib; and the training labels (n,)."""
+    scorer = _Scorer(
+        problem.model, _fast_layers(problem), problem.measure, unflatten_params(directions, problem.params)
+    )
+    seen: list[Tensor] = []
+
+    def tasks() -> Iterator[Any]:
+        for images, labels in problem.batches(problem.train, torch.arange(problem.train.size)):
+            seen.append(labels.cpu())
+            yield joblib.delayed(scorer)(images, labels)
+
+    parts = joblib.Parallel(n_jobs=problem.settings.jobs, return_as="generator")(tasks())
+    count = math.ceil(problem.train.size / problem.settings.chunk)
+    shown = tqdm(parts, total=count, desc="scoring", unit="chunk", leave=False, disable=not problem.settings.progress)
+    scores = torch.cat([part.cpu() for part in shown], dim=1) / problem.train.size
+    if not torch.isfinite(scores).all():
+        first = int((~torch.isfinite(scores)).any(0).nonzero()[0])
+        raise NonFiniteError(f"the score of training image {first} is NaN or infinite; check its pixels, raise damping")
+    return scores.numpy(), torch.cat(seen).numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Influences:
+    """Scores (m, n), positive = helpful, in units of the measure (nats for the loss); who, how and how well.
+
+    test_indices (m,) and train_labels (n,), test_labels (m,): whole numbers; column j is training image j.
+    """
+
+    scores: NDArray[Any]
+    test_indices: NDArray[np.int64]
+    test_labels: NDArray[np.int64]
+    train_labels: NDArray[np.int64]
+    settings: dict[str, Any]
+    health: Health
+
+    def helpful(self, i: int, k: int = 5) -> NDArray[np.int64]:
+        """(k,) training indices with the largest scores for row i, the most helpful first; ties by index."""
+        return self._ranked(-self.scores[self._row(i)], k)
+
+    def harmful(self, i: int, k: int = 5) -> NDArray[np.int64]:
+        """(k,) training indices with the smallest scores for row i, the most harmful first; ties by index."""
+        return self._ranked(self.scores[self._row(i)], k)
+
+    def _row(self, i: int) -> int:
+        if not 0 <= i < len(self.scores):
+            raise ValueError(f"row {i} does not exist: there are {len(self.scores)} test images, counted from 0")
+        return i
+
+    @staticmethod
+    def _ranked(keys: NDArray[Any], k: int) -> NDArray[np.int64]:
+        if not 1 <= k <= len(keys):
+            raise ValueError(f"k must lie in 1..{len(keys)}, the number of training images, not {k}")
+        return np.argsort(keys, kind="stable")[:k]
+
+    def mean(self) -> NDArray[Any]:
+        """(n,) mean influence of each training image over the test images."""
+        return self.scores.mean(0)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a (test, train) pair: test_index, test_label, train_index, train_label, score; m·n rows."""
+        m, n = self.scores.shape
+        return pd.DataFrame(
+            {
+                "test_index": np.repeat(self.test_indices, n),
+                "test_label": np.repeat(self.test_labels, n),
+                "train_index": np.tile(np.arange(n), m),
+                "train_label": np.tile(self.train_labels, m),
+                "score": self.scores.ravel(),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a compressed .npz without pickled objects; settings and health ride along as JSON."""
+        about = json.dumps({"settings": self.settings, "health": asdict(self.health)})
+        arrays = {name: getattr(self, name) for name in ("scores", "test_indices", "test_labels", "train_labels")}
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, about=np.array(about), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Influences:
+        """Read what `save` wrote; CorruptFileError names a file that is damaged or not one of ours."""
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no influences at {path}; compute them with compute_influences(...).save(path)")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            about = json.loads(str(arrays.pop("about")))
+            return cls(**arrays, settings=about["settings"], health=Health(**about["health"]))
+        except Exception as error:  # zipfile, zlib, numpy and json each have their own ways to say "damaged"
+            raise CorruptFileError(
+                f"{path} is damaged or not from Influences.save ({error}); compute it again"
+            ) from error
+
+
+def _settings(settings: InfluenceSettings | None, changes: Mapping[str, Any]) -> InfluenceSettings:
+    """`settings` with `changes`; ValueError for a name that is no setting."""
+    known = {entry.name for entry in dataclasses.fields(InfluenceSettings)}
+    if unknown := set(changes) - known:
+        raise ValueError(f"unknown setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return dataclasses.replace(settings or InfluenceSettings(), **changes)
+
+
+def _test_gradients(problem: _Problem, test: _Source, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (m, p) of the measure at the chosen test images, and their labels (m,)."""
+    if len(indices) == 0:
+        raise ValueError("no test image chosen: test_indices is empty")
+    if int(indices.min()) < 0 or int(indices.max()) >= test.size:
+        raise ValueError(f"test indices must lie in 0..{test.size - 1}; found {indices.tolist()}")
+    pairs = [(problem.gradients(images, labels), labels) for images, labels in problem.batches(test, indices)]
+    gradients = torch.cat([gradient for gradient, _ in pairs])
+    if not torch.isfinite(gradients).all():
+        raise NonFiniteError("the gradient of a test image is NaN or infinite; check the model and the image's pixels")
+    return gradients, torch.cat([labels for _, labels in pairs])
+
+
+def compute_influences(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    test_indices: Sequence[int] | NDArray[Any] | Tensor | None = None,
+    settings: InfluenceSettings | None = None,
+    **changes: Any,
+) -> Influences:
+    """Influence of every training image on the chosen test images (all of them by default); positive = helpful.
+
+    train, test: `ImageData`, a pair of tensors (images, labels), or any map-style data set of (image, label).
+    settings, changes: an `InfluenceSettings`, and single settings to change in it, as in `solver="cg"`.
+    The model is copied: its weights, modes and requires_grad flags stay as they are.
+    Memory: about m·p + r·p + m·n numbers; n × p gradients are never held.
+
+    Koh & Liang 2017, eq. 2, negated and divided by n, so that it estimates what leaving the image out does.
+    Raises ValueError (NonFiniteError where a number went bad) saying what was wrong and what to do.
+    """
+    chosen = _settings(settings, changes)
+    problem, source = _make_problem(model, train, chosen), _as_source(test, "test")
+    indices = torch.arange(source.size) if test_indices is None else torch.as_tensor(test_indices, dtype=torch.long)
+    start = time.perf_counter()
+    gradients, labels = _test_gradients(problem, source, indices)
+    directions, health = _make_solver(problem).solve(gradients)
+    solved = time.perf_counter()
+    scores, train_labels = _score(problem, directions)
+    health = dataclasses.replace(health, seconds_solve=solved - start, seconds_score=time.perf_counter() - solved)
+    return Influences(scores, indices.numpy(), labels.cpu().numpy(), train_labels, chosen.describe(), health)
+
+
+def mean_influences(
+    model: nn.Module, train: Any, test: Any, settings: InfluenceSettings | None = None, **changes: Any
+) -> NDArray[Any]:
+    """(n,) mean over all of `test` of the influence of each training image, for the price of one test image.
+
+    Influence is linear in the test gradient, so the mean gradient is solved once; the same as `Influences.mean()`.
+    """
+    problem, source = _make_problem(model, train, _settings(settings, changes)), _as_source(test, "test")
+    parts = torch.arange(source.size).split(problem.settings.chunk)
+    total = torch.stack([_test_gradients(problem, source, part)[0].sum(0) for part in parts]).sum(0, keepdim=True)
+    directions, _ = _make_solver(problem).solve(total / source.size)
+    return _score(problem, directions)[0][0]
+
+
+def self_influences(
+    model: nn.Module,
+    train: Any,
+    indices: Sequence[int] | NDArray[Any] | Tensor | None = None,
+    settings: InfluenceSettings | None = None,
+    **changes: Any,
+) -> NDArray[Any]:
+    """(k,) influence of each training image on itself, ∇L(z)ᵀ(H + λI)⁻¹∇L(z)/n ≥ 0; large = hard to do without.
+
+    Solves once an image: the diagonal of `compute_influences(model, train, train)` without the rest of that matrix.
+    """
+    problem = _make_problem(model, train, _settings(settings, changes))
+    chosen = torch.arange(problem.train.size) if indices is None else torch.as_tensor(indices, dtype=torch.long)
+    solver, parts = _make_solver(problem), []
+    for part in chosen.split(problem.settings.chunk):
+        gradients, _ = _test_gradients(problem, problem.train, part)
+        parts.append((gradients * solver.solve(gradients)[0]).sum(1) / problem.train.size)
+    return torch.cat(parts).cpu().numpy()
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ The package everyone starts from, made callable                                                              ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass(frozen=True, eq=False)
+class PackageRun:
+    """One test image through pytorch_influence_functions: its numbers with its own sign, and its own two lists.
+
+    `influence` (n,) is −I in our convention; `harmful` and `helpful` (n,) are named as the package names them.
+    """
+
+    influence: NDArray[Any]
+    harmful: NDArray[np.int64]
+    helpful: NDArray[np.int64]
+    seconds_solve: float
+    seconds_score: float
+
+    def seconds_for(self, depth: int, images: int, measured_depth: int) -> float:
+        """Time of one test image at `depth` recursions over `images`, scaled linearly from what was measured."""
+        return self.seconds_solve * depth / measured_depth + self.seconds_score * images / len(self.influence)
+
+
+def run_package(
+    model: nn.Module, train: Any, test: Any, depth: int, scale: float = 25.0, batch_size: int = 1
+) -> PackageRun:
+    """Call pytorch_influence_functions 0.1.1 for the one sample in `test`, on the model's device, silently.
+
+    train, test: map-style data sets; `batch_size` images a recursion (the whole set when it is as large).
+    Its two halves are called by hand because its own driver fixes scale at 25 and the device at GPU 0.
+    """
+    gpu = 0 if next(model.parameters()).is_cuda else -1
+    whole = batch_size >= len(train)
+    loader = DataLoader(train, batch_size=batch_size, shuffle=not whole)
+    test_loader = DataLoader(test, batch_size=1)
+    private = copy.deepcopy(model)  # the package switches the model to eval mode and leaves it there
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls log_softmax without a dimension, once an image
+        start = time.perf_counter()
+        image, label = next(iter(test_loader))
+        solved = ptif.calc_s_test_single(private, image, label, loader, gpu, 0.01, scale, depth, 1)
+        middle = time.perf_counter()
+        influence, harmful, helpful, _ = ptif.calc_influence_single(
+            private, loader, test_loader, 0, gpu, depth, 1, s_test_vec=[part.detach() for part in solved]
+        )
+        end = time.perf_counter()
+    values = np.array([float(value) for value in influence])
+    return PackageRun(values, np.array(harmful), np.array(helpful), middle - start, end - middle)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Plots: helpers take an axes and return it; nothing here computes an influence                                ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+HELPFUL_COLOUR, HARMFUL_COLOUR = "#0072B2", "#D55E00"  # Okabe & Ito: told apart by colour-blind readers too
+
+
+def use_style() -> None:
+    """The one look of every figure: 7 inches at most, 100 dpi, quiet axes."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7, 3),
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "image.interpolation": "nearest",
+        }
+    )
+
+
+def show_figure(figure: Figure, path: str | Path) -> None:
+    """Save `figure` to `path` as PNG and display that very file, so that notebook and folder cannot disagree."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, pil_kwargs={"optimize": True}, metadata={"Software": None})
+    plt.close(figure)
+    display(Image(data=Path(path).read_bytes()))
+
+
+def show_image(ax: Axes, image: Tensor, title: str = "", colour: str = "black") -> Axes:
+    """One uint8 image (3, 32, 32) in its natural colours, with a title above."""
+    ax.imshow(image.permute(1, 2, 0).numpy())
+    ax.set_title(title, color=colour, fontsize=7.5)
+    ax.set_axis_off()
+    return ax
+
+
+def plot_sample_grid(data: ImageData, per_class: int = 10) -> Figure:
+    """The first `per_class` images of each class, a row a class."""
+    classes = len(data.class_names)
+    figure, axes = plt.subplots(classes, per_class, figsize=(7, 0.63 * classes))
+    for row, name in enumerate(data.class_names):
+        for ax, index in zip(axes[row], torch.where(data.labels == row)[0].tolist()):
+            show_image(ax, data.images[index])
+        axes[row, 0].text(-4, 16, name, ha="right", va="center")
+    return figure
+
+
+def plot_class_counts(ax: Axes, train: ImageData, test: ImageData) -> Axes:
+    """Train and test images of each class as paired bars."""
+    positions = np.arange(len(train.class_names))
+    for data, label, shift, colour in ((train, "train", -0.2, "#0072B2"), (test, "test", 0.2, "#E69F00")):
+        counts = torch.bincount(data.labels, minlength=len(positions)).numpy()
+        bars = ax.bar(positions + shift, counts, width=0.4, label=f"{label}: {len(data):,} images", color=colour)
+        ax.bar_label(bars, labels=[f"{count:,}" for count in counts], fontsize=6, padding=1)
+    ax.set_xticks(positions, train.class_names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_ylabel("images")
+    ax.margins(y=0.25)
+    ax.legend(loc="upper center", ncols=2, frameon=False)
+    return ax
+
+
+def plot_history(axes: Sequence[Axes], history: pd.DataFrame) -> Sequence[Axes]:
+    """Loss and accuracy per epoch, training (running) and validation, on two axes."""
+    for ax, quantity in zip(axes, ("loss", "accuracy")):
+        for part, colour in (("train", "#0072B2"), ("validation", "#E69F00")):
+            ax.plot(history["epoch"], history[f"{part}_{quantity}"], marker="o", markersize=3, color=colour, label=part)
+        ax.set(xlabel="epoch", ylabel=quantity)
+        ax.legend(frameon=False)
+    return axes
+
+
+def plot_confusion(ax: Axes, result: Evaluation) -> Axes:
+    """Row = true class, column = predicted class; each row's share of its images, in per cent, in colour."""
+    counts = result.confusion()
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if share[row, column] > 0.5 else "black"
+        ax.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+    ticks = range(len(counts))
+    ax.set_xticks(ticks, result.class_names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(ticks, result.class_names)
+    ax.set(xlabel="the model says", ylabel="the label says")
+    ax.spines[:].set_visible(False)
+    ax.figure.colorbar(picture, ax=ax, label="share of the class", shrink=0.8)
+    return ax
+
+
+def plot_channels(image: Tensor) -> Figure:
+    """The red, green and blue channel of a uint8 image (3, 32, 32), each pixel annotated with its value 0..255."""
+    figure, axes = plt.subplots(1, 3, figsize=(24, 8.4))
+    for ax, channel, name in zip(axes, image.numpy(), ("red", "green", "blue")):
+        ax.imshow(channel, cmap="gray", vmin=0, vmax=255)
+        for (row, column), value in np.ndenumerate(channel):
+            colour = "white" if value < 128 else "black"
+            ax.text(column, row, str(value), ha="center", va="center", fontsize=7, color=colour)
+        ax.set_title(f"{name} channel", fontsize=22)
+        ax.set_axis_off()
+    return figure
+
+
+def plot_score_histograms(axes: Sequence[Axes], scores: NDArray[Any], labels: NDArray[Any], own: int) -> Sequence[Axes]:
+    """Histograms of one test image's scores: training images of its own label, and of the nine others (log counts)."""
+    limit = float(np.quantile(np.abs(scores), 0.999))
+    bins = np.linspace(-limit, limit, 61).tolist()
+    for ax, chosen, title in zip(axes, (labels == own, labels != own), ("own label", "other labels")):
+        ax.hist(scores[chosen].clip(-limit, limit), bins=bins, color="#888888")
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set(yscale="log", title=f"{title}: {np.mean(scores[chosen] > 0):.0%} helpful", xlabel="influence (nats)")
+    axes[0].set_ylabel("training images")
+    return axes
+
+
+def plot_influential(
+    influences: Influences, i: int, train: ImageData, test: ImageData, says: str, k: int = 5
+) -> Figure:
+    """Test image i at the left (with what the model `says`), its k most helpful and k most harmful at the right."""
+    figure = plt.figure(figsize=(7, 3.1))
+    grid = figure.add_gridspec(2, k + 1, width_ratios=[1.7] + [1] * k)
+    index = int(influences.test_indices[i])
+    left = show_image(figure.add_subplot(grid[:, 0]), test.images[index])
+    left.set_title(f"test image {index}\nlabel: {test.class_of(index)}\nmodel: {says}", fontsize=8)
+    helpful, harmful = influences.helpful(i, k), influences.harmful(i, k)
+    rows = ((helpful, "most helpful", HELPFUL_COLOUR), (harmful, "most harmful", HARMFUL_COLOUR))
+    for row, (chosen, name, colour) in enumerate(rows):
+        for column, j in enumerate(chosen):
+            title = f"{influences.scores[i, j]:+.4f}\n{train.class_of(j)}\n#{j}"
+            ax = show_image(figure.add_subplot(grid[row, column + 1]), train.images[j], title, colour)
+            if column == 0:
+                ax.text(-0.12, 0.5, name, rotation=90, ha="right", va="center", transform=ax.transAxes, color=colour)
+    return figure
+
+
+def plot_image_row(
+    data: ImageData, indices: Sequence[int] | NDArray[Any], titles: Sequence[str], colour: str
+) -> Figure:
+    """Images side by side, each with its title, class and index above."""
+    figure, axes = plt.subplots(1, len(indices), figsize=(2.2 * len(indices), 2.7), squeeze=False)
+    for ax, index, title in zip(axes[0], indices, titles):
+        show_image(ax, data.images[int(index)])
+        ax.set_title(f"{title}\n{data.class_of(int(index))} #{index}", color=colour, fontsize=10)
+    return figure
+
+
+def plot_torched_pie(ax: Axes, shares: Mapping[str, float], seed: int = 0) -> Axes:
+    """A pie chart that stayed under the torch too long: `shares` by name, drawn as toast, charred at rim and cuts."""
+    names = sorted(shares, key=lambda name: -shares[name])
+    toast = LinearSegmentedColormap.from_list("toast", ["#f2d096", "#c98a3d", "#7a431a"])
+    total = sum(shares.values())
+    ax.pie(
+        [shares[name] for name in names],
+        labels=[f"{name} {shares[name] / total:.0%}" for name in names],
+        colors=[toast(value) for value in np.linspace(0, 1, len(names))],
+        startangle=90,
+        counterclock=False,
+        wedgeprops={"edgecolor": "#2b1408", "linewidth": 2.5},
+        textprops={"fontsize": 11},
+    )
+    grid = torch.linspace(-1, 1, 300)
+    radius = torch.hypot(grid[:, None], grid[None, :])
+    generator = torch.Generator().manual_seed(seed)
+    # Smooth noise at three scales: blisters, spots and crumbs.
+    coarse = [torch.rand(1, 1, size, size, generator=generator) for size in (9, 28, 90)]
+    noise = torch.stack([F.interpolate(field, 300, mode="bicubic")[0, 0] for field in coarse]).mean(0)
+    burnt = ((radius - 0.72) / 0.28).clamp(0, 1) ** 1.5 * 0.75 + ((noise - 0.5) * 2.4).clamp(0, 0.75)
+    char = torch.cat([torch.tensor([0.10, 0.04, 0.01]).expand(300, 300, 3), burnt.clamp(0, 0.9)[..., None]], dim=2)
+    picture = ax.imshow(char.numpy(), extent=(-1, 1, -1, 1), interpolation="bilinear", zorder=3)
+    picture.set_clip_path(Circle((0, 0), 1, transform=ax.transData))
+    ax.set(xlim=(-1.5, 1.5), ylim=(-1.15, 1.15))
+    return ax
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Results on disk                                                                                              ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The whole of results.json, {} when there is none yet; CorruptFileError names a damaged file."""
+    if not Path(path).exists():
+        return {}
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFileError(f"{path} is not JSON ({error}); restore it: git checkout -- {path}") from error
+    if not isinstance(results, dict):
+        raise CorruptFileError(f"{path} must hold one JSON object; restore it: git checkout -- {path}")
+    return results
+
+
+def record_results(path: str | Path, chapter: str, values: Mapping[str, Any]) -> None:
+    """Replace `chapter` in results.json, keep the others; README and slides read their numbers from there."""
+    results = {**read_results(path), chapter: dict(values)}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
