@@ -9,7 +9,7 @@ Words: `params` θ (p of them), n `train` and m `test` samples, `loss` L the per
 `scores` the (m, n) influence matrix, `directions` the m solutions s = (H + λI)⁻¹∇L(z_test).
 
 The module reads in the order the data flows; a section never calls one below it:
-    setup → data → model and training → evaluation → influence → plots → results on disk
+    setup → data → model and training → evaluation → influence → experiments → plots → results on disk
 
 Sources: Koh & Liang, "Understanding Black-box Predictions via Influence Functions", ICML 2017, arXiv:1703.04730;
 Agarwal, Bullins & Hazan, "Second-Order Stochastic Optimization for Machine Learning in Linear Time" (LiSSA), JMLR
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -43,7 +44,7 @@ import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pytorch_influence_functions as ptif
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from IPython.display import Image, display
@@ -52,16 +53,21 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from numpy.typing import NDArray
+from pytorch_influence_functions import calc_influence_function as package
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
-from tqdm.auto import tqdm
+from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
+
+# torch's own jvp raises this on first use; it says nothing about our code.
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ Setup: run mode, device, seeds, safe files                                                                   ║
@@ -662,14 +668,17 @@ class _Problem:
         draws = torch.rand(
             len(self.sample), 1, generator=generator, dtype=torch.float64
         )  # one an image: any chunk size
-        rows = []
+        size = sum(param.numel() for param in self.params.values())
+        rows = draws.new_empty(len(self.sample), size, dtype=next(iter(self.params.values())).dtype)
+        rows, filled = rows.to(next(iter(self.params.values())).device), 0
         for (images, labels), draw in zip(self.batches(self.train, self.sample), draws.split(self.settings.chunk)):
             if self.measure is loss_measure:
                 with torch.no_grad():
                     cumulated = self.model(images).double().softmax(1).cumsum(1)
                 labels = torch.searchsorted(cumulated, draw.to(cumulated)).squeeze(1).clamp_max(self.classes - 1)
-            rows.append(self.gradients(images, labels))
-        return torch.cat(rows)
+            rows[filled : filled + len(labels)] = self.gradients(images, labels)
+            filled += len(labels)
+        return rows
 
     @cached_property
     def damping(self) -> float:
@@ -714,18 +723,24 @@ def _make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> 
     if not all(torch.isfinite(param).all() for param in params.values()):
         raise NonFiniteError("the model's weights contain NaN or infinity; train it again or load another checkpoint")
     source = _as_source(train, "train")
-    probe = _Problem(private, params, source, settings, classes=2**62)
-    (images, _), *_ = probe.batches(source, torch.zeros(1, dtype=torch.long))
+    probe = _Problem(private, params, source, settings, classes=sys.maxsize)
+    outputs = _try_model(probe, source, torch.zeros(1, dtype=torch.long), "train")
+    return dataclasses.replace(probe, classes=outputs.shape[-1])
+
+
+def _try_model(problem: _Problem, source: _Source, index: Tensor, role: str) -> Tensor:
+    """Outputs (1, …) for one image, with the errors a caller can act on when image and model do not fit."""
+    (images, _), *_ = problem.batches(source, index)
     try:
         with torch.no_grad():
-            outputs = private(images)
+            outputs = problem.model(images)
     except RuntimeError as error:
-        raise ValueError(f"the model refuses images of shape {tuple(images.shape[1:])}: {error}") from error
-    if isinstance(settings.measure, str) and outputs.ndim != 2:
+        raise ValueError(f"{role}: the model refuses images of shape {tuple(images.shape[1:])}: {error}") from error
+    if isinstance(problem.settings.measure, str) and outputs.ndim != 2:
         raise ValueError(f"the model must return logits (b, C), not {tuple(outputs.shape)}; or pass your own measure")
-    if not torch.isfinite(outputs).all():
-        raise NonFiniteError("the model returns NaN or infinity for the first training image; check weights and pixels")
-    return dataclasses.replace(probe, classes=outputs.shape[-1])
+    if not torch.isfinite(outputs).all() and torch.isfinite(images).all():
+        raise NonFiniteError(f"{role}: the model returns NaN or infinity for image {int(index)}; train it again")
+    return outputs
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -910,9 +925,9 @@ class _LissaSolver:
         self.scale = problem.settings.scale or 2 * (max(tops) + problem.damping)
 
     def draw(self) -> Tensor:
-        """Indices of a random batch of the curvature's sample."""
-        sample = self.problem.sample
-        return sample[torch.randint(len(sample), (self.problem.settings.batch_size,), generator=self.generator)]
+        """Indices of a random batch of the curvature's sample; all of it when the batch is as large."""
+        sample, size = self.problem.sample, self.problem.settings.batch_size
+        return sample if size >= len(sample) else sample[torch.randint(len(sample), (size,), generator=self.generator)]
 
     def recursion(self, v: Tensor) -> Tensor:
         h, depth, damping = v.clone(), self.problem.settings.iterations, self.problem.damping
@@ -1183,6 +1198,7 @@ def _test_gradients(problem: _Problem, test: _Source, indices: Tensor) -> tuple[
         raise ValueError("no test image chosen: test_indices is empty")
     if int(indices.min()) < 0 or int(indices.max()) >= test.size:
         raise ValueError(f"test indices must lie in 0..{test.size - 1}; found {indices.tolist()}")
+    _try_model(problem, test, indices[:1], "test")
     pairs = [(problem.gradients(images, labels), labels) for images, labels in problem.batches(test, indices)]
     gradients = torch.cat([gradient for gradient, _ in pairs])
     if not torch.isfinite(gradients).all():
@@ -1294,14 +1310,56 @@ def run_package(
         warnings.simplefilter("ignore")  # it calls log_softmax without a dimension, once an image
         start = time.perf_counter()
         image, label = next(iter(test_loader))
-        solved = ptif.calc_s_test_single(private, image, label, loader, gpu, 0.01, scale, depth, 1)
+        solved = package.calc_s_test_single(private, image, label, loader, gpu, 0.01, scale, depth, 1)
         middle = time.perf_counter()
-        influence, harmful, helpful, _ = ptif.calc_influence_single(
+        influence, harmful, helpful, _ = package.calc_influence_single(
             private, loader, test_loader, 0, gpu, depth, 1, s_test_vec=[part.detach() for part in solved]
         )
         end = time.perf_counter()
     values = np.array([float(value) for value in influence])
     return PackageRun(values, np.array(harmful), np.array(helpful), middle - start, end - middle)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Experiments: what really happens when images are left out                                                    ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def fit_softmax_regression(features: Tensor, labels: Tensor, l2: float, n: int | None = None) -> nn.Linear:
+    """The one minimum of Σ losses / n + l2/2 ‖W‖², as a float64 linear layer without bias: features (k, d) → (k, C).
+
+    n: what the sum is divided by (default k); the full data's n keeps the objective of the others when some are left
+    out. Every one of the C ≥ 3 classes must occur in `labels`. Fitted by scikit-learn to a gradient of 1e-10.
+    """
+    classes = int(labels.max()) + 1
+    if classes < 3 or len(labels.unique()) != classes:
+        raise ValueError(
+            f"labels must contain every class 0..{max(classes, 3) - 1}, at least three; drop no whole class"
+        )
+    fit = LogisticRegression(C=1 / (l2 * (n or len(labels))), fit_intercept=False, tol=1e-10, max_iter=10_000)
+    fit.fit(features.double().numpy(), labels.numpy())
+    model = nn.Linear(features.shape[1], classes, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(fit.coef_))
+    return model
+
+
+def removal_effect(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], l2: float, removed: Sequence[int] | NDArray[Any]
+) -> float:
+    """Mean test loss of a softmax regression refitted without the `removed` images, minus that with all of them.
+
+    Positive: they were helpful. train, test: (features, labels); the objective keeps its 1/n (see above).
+    """
+    (features, labels), (test_features, test_labels) = train, test
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[torch.as_tensor(np.asarray(removed))] = False
+    losses = []
+    for chosen in (torch.ones_like(kept), kept):
+        model = fit_softmax_regression(features[chosen], labels[chosen], l2, n=len(labels))
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(test_features.double()), test_labels)))
+    return losses[1] - losses[0]
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1329,10 +1387,16 @@ def use_style() -> None:
 
 
 def show_figure(figure: Figure, path: str | Path) -> None:
-    """Save `figure` to `path` as PNG and display that very file, so that notebook and folder cannot disagree."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, pil_kwargs={"optimize": True}, metadata={"Software": None})
+    """Save `figure` to `path` as PNG and display that very file, so that notebook and folder cannot disagree.
+
+    Reduced to the 256 colours that suit it best: a third of the size, so that notebooks stay below 1 MB.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
     plt.close(figure)
+    reduced = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+    with atomic_path(path) as temporary:
+        reduced.save(temporary, format="PNG", optimize=True)
     display(Image(data=Path(path).read_bytes()))
 
 
@@ -1344,10 +1408,10 @@ def show_image(ax: Axes, image: Tensor, title: str = "", colour: str = "black") 
     return ax
 
 
-def plot_sample_grid(data: ImageData, per_class: int = 10) -> Figure:
+def plot_sample_grid(data: ImageData, per_class: int = 8) -> Figure:
     """The first `per_class` images of each class, a row a class."""
     classes = len(data.class_names)
-    figure, axes = plt.subplots(classes, per_class, figsize=(7, 0.63 * classes))
+    figure, axes = plt.subplots(classes, per_class, figsize=(7, 0.75 * classes))
     for row, name in enumerate(data.class_names):
         for ax, index in zip(axes[row], torch.where(data.labels == row)[0].tolist()):
             show_image(ax, data.images[index])
@@ -1403,22 +1467,39 @@ def plot_channels(image: Tensor) -> Figure:
         ax.imshow(channel, cmap="gray", vmin=0, vmax=255)
         for (row, column), value in np.ndenumerate(channel):
             colour = "white" if value < 128 else "black"
-            ax.text(column, row, str(value), ha="center", va="center", fontsize=7, color=colour)
+            # Hard-edged digits stay readable at this size and shrink the file to a third.
+            ax.text(column, row, str(value), ha="center", va="center", fontsize=7, color=colour, antialiased=False)
         ax.set_title(f"{name} channel", fontsize=22)
         ax.set_axis_off()
     return figure
 
 
-def plot_score_histograms(axes: Sequence[Axes], scores: NDArray[Any], labels: NDArray[Any], own: int) -> Sequence[Axes]:
-    """Histograms of one test image's scores: training images of its own label, and of the nine others (log counts)."""
+def plot_score_histogram(ax: Axes, scores: NDArray[Any], own: NDArray[np.bool_], title: str) -> Axes:
+    """Scores (n,) of one test image: training images with its `own` label (n,) against all others, log counts."""
     limit = float(np.quantile(np.abs(scores), 0.999))
-    bins = np.linspace(-limit, limit, 61).tolist()
-    for ax, chosen, title in zip(axes, (labels == own, labels != own), ("own label", "other labels")):
-        ax.hist(scores[chosen].clip(-limit, limit), bins=bins, color="#888888")
-        ax.axvline(0, color="black", linewidth=0.8)
-        ax.set(yscale="log", title=f"{title}: {np.mean(scores[chosen] > 0):.0%} helpful", xlabel="influence (nats)")
-    axes[0].set_ylabel("training images")
-    return axes
+    bins = np.linspace(-limit, limit, 41).tolist()
+    for chosen, label, colour in ((~own, "other labels", "#BBBBBB"), (own, "own label", HELPFUL_COLOUR)):
+        clipped = scores[chosen].clip(-limit, limit)
+        ax.hist(clipped, bins=bins, histtype="stepfilled", alpha=0.8, label=label, color=colour)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yscale("log")
+    ax.set_title(title, fontsize=8)
+    ax.tick_params(labelsize=6)
+    ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    ax.xaxis.get_offset_text().set_fontsize(6)
+    return ax
+
+
+def plot_label_influence(ax: Axes, table: pd.DataFrame) -> Axes:
+    """A table of influences, one row a test image, one column a training label, blue = helpful, red = harmful."""
+    values = table.to_numpy()
+    limit = float(np.abs(values).max())
+    picture = ax.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+    ax.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(table.shape[0]), table.index)
+    ax.spines[:].set_visible(False)
+    ax.figure.colorbar(picture, ax=ax, label="share of its total influence")
+    return ax
 
 
 def plot_influential(
@@ -1434,7 +1515,7 @@ def plot_influential(
     rows = ((helpful, "most helpful", HELPFUL_COLOUR), (harmful, "most harmful", HARMFUL_COLOUR))
     for row, (chosen, name, colour) in enumerate(rows):
         for column, j in enumerate(chosen):
-            title = f"{influences.scores[i, j]:+.4f}\n{train.class_of(j)}\n#{j}"
+            title = f"{influences.scores[i, j]:+.2g}\n{train.class_of(j)}\n#{j}"
             ax = show_image(figure.add_subplot(grid[row, column + 1]), train.images[j], title, colour)
             if column == 0:
                 ax.text(-0.12, 0.5, name, rotation=90, ha="right", va="center", transform=ax.transAxes, color=colour)

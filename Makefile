@@ -1,0 +1,44 @@
+# Every target sets up .venv by itself. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
+VENV := .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard *.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test render lab bench lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+
+$(VENV)/.run: requirements.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+run: $(VENV)/.run  ## train from scratch and execute student.ipynb into build/, progress on the terminal
+	INFLUENCE_RETRAIN=1 INFLUENCE_OUT=build $(BIN)/python tools/execute.py student.ipynb --to build --html
+
+test: $(VENV)/.dev  ## run every test, and every notebook in fast mode
+	INFLUENCE_FAST=1 INFLUENCE_OUT=build/fast $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 tests $(NOTEBOOKS)
+
+render: $(VENV)/.run  ## execute every committed notebook in place, in full, with all figures and results
+	$(BIN)/python tools/execute.py $(NOTEBOOKS)
+
+lab: $(VENV)/.run  ## open JupyterLab
+	$(BIN)/python -m jupyter lab
+
+bench: $(VENV)/.dev  ## measure speed against the package and against a plain forward and backward pass
+	$(BIN)/python benchmarks/speed.py
+
+lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over the module
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy notebook_support.py tools benchmarks
+
+clean:  ## remove what `make run` and `make test` wrote (not .venv, not data/)
+	rm -rf build
