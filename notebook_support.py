@@ -9,7 +9,7 @@ Words: `params` θ (p of them), n `train` and m `test` samples, `loss` L the per
 `scores` the (m, n) influence matrix, `directions` the m solutions s = (H + λI)⁻¹∇L(z_test).
 
 The module reads in the order the data flows; a section never calls one below it:
-    setup → data → model and training → evaluation → influence → experiments → plots → results on disk
+    setup → data → model and training → evaluation → influence → the package → experiments → plots → results on disk
 
 Sources: Koh & Liang, "Understanding Black-box Predictions via Influence Functions", ICML 2017, arXiv:1703.04730;
 Agarwal, Bullins & Hazan, "Second-Order Stochastic Optimization for Machine Learning in Linear Time" (LiSSA), JMLR
@@ -363,6 +363,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
+def predict(model: nn.Module, data: ImageData, batch_size: int = 1000) -> Tensor:
+    """(n, C) logits on the CPU, computed in eval mode."""
+    device = next(model.parameters()).device
+    with eval_mode(model), torch.no_grad():
+        parts = torch.arange(len(data)).split(batch_size)
+        return torch.cat([model(data.batch(part)[0].to(device)).cpu() for part in parts])
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable parameters p."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -383,18 +391,11 @@ def train_model(model: nn.Module, train: ImageData, validation: ImageData, confi
     history, start = [], time.perf_counter()
     for epoch in tqdm(range(1, config.epochs + 1), desc="training", unit="epoch", leave=False):
         batches = shuffled_batches(train, config.batch_size, generator)
-        loss, accuracy = _train_epoch(model, batches, optimizer, scheduler)
-        checked = evaluate(model, validation)
-        history.append(
-            {
-                "epoch": epoch,
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "validation_loss": checked.loss,
-                "validation_accuracy": checked.accuracy,
-                "seconds": time.perf_counter() - start,
-            }
-        )
+        row = {"epoch": epoch, **_train_epoch(model, batches, optimizer, scheduler)}
+        logits = predict(model, validation)
+        row["validation_loss"] = float(F.cross_entropy(logits, validation.labels))
+        row["validation_accuracy"] = float((logits.argmax(1) == validation.labels).float().mean())
+        history.append({**row, "seconds": time.perf_counter() - start})
     return pd.DataFrame(history)
 
 
@@ -403,8 +404,8 @@ def _train_epoch(
     batches: Iterator[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> tuple[float, float]:
-    """One pass over `batches`; mean loss and accuracy as measured on the way."""
+) -> dict[str, float]:
+    """One pass over `batches`; mean train_loss and train_accuracy as measured on the way."""
     model.train()
     device = next(model.parameters()).device
     loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -421,7 +422,7 @@ def _train_epoch(
         seen += len(labels)
     if not torch.isfinite(loss_sum):
         raise NonFiniteError("the training loss became NaN or infinite; lower TrainConfig.peak_lr")
-    return float(loss_sum) / seen, float(hits) / seen
+    return {"train_loss": float(loss_sum) / seen, "train_accuracy": float(hits) / seen}
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, identity: Mapping[str, Any], history: pd.DataFrame) -> None:
@@ -520,16 +521,13 @@ class Evaluation:
         return table.astype({"images": int})
 
 
-def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1000) -> Evaluation:
+def evaluate(model: nn.Module, data: ImageData) -> Evaluation:
     """Run `model` (in eval mode, put back afterwards) over `data`."""
-    device = next(model.parameters()).device
-    with eval_mode(model), torch.no_grad():
-        logits = [model(data.batch(part)[0].to(device)).cpu() for part in torch.arange(len(data)).split(batch_size)]
-    return Evaluation(torch.cat(logits), data.labels, data.class_names)
+    return Evaluation(predict(model, data), data.labels, data.class_names)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
-# ║ Influence: settings and inputs                                                                               ║
+# ║ Influence: measures and per-sample gradients                                                                 ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -549,6 +547,33 @@ def margin_measure(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 MEASURES: dict[str, Measure] = {"loss": loss_measure, "margin": margin_measure}
+
+
+def _per_sample_gradients(
+    model: nn.Module, params: dict[str, Tensor], measure: Measure, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """name → (b, *shape): the gradient of the measure with respect to `params`, one a sample."""
+
+    def single(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return measure(functional_call(model, values, (image[None],)), label[None]).sum()
+
+    return vmap(grad(single), in_dims=(None, 0, 0))(params, images, labels)
+
+
+def flatten_params(tensors: Mapping[str, Tensor]) -> Tensor:
+    """name → (k, *shape) becomes (k, p), parameters side by side in the model's order."""
+    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
+
+
+def unflatten_params(matrix: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(k, p) becomes name → (k, *shape): the inverse of `flatten_params`."""
+    pieces = matrix.split([param.numel() for param in params.values()], dim=1)
+    return {name: piece.unflatten(1, params[name].shape) for name, piece in zip(params, pieces)}
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Influence: settings and inputs                                                                               ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 
 @dataclass(frozen=True)
@@ -665,20 +690,25 @@ class _Problem:
         which equals the Gauss-Newton matrix (Martens 2020, sec. 9). Other measures use the given labels.
         """
         generator = torch.Generator().manual_seed(self.settings.seed)
-        draws = torch.rand(
-            len(self.sample), 1, generator=generator, dtype=torch.float64
-        )  # one an image: any chunk size
-        size = sum(param.numel() for param in self.params.values())
-        rows = draws.new_empty(len(self.sample), size, dtype=next(iter(self.params.values())).dtype)
-        rows, filled = rows.to(next(iter(self.params.values())).device), 0
-        for (images, labels), draw in zip(self.batches(self.train, self.sample), draws.split(self.settings.chunk)):
-            if self.measure is loss_measure:
-                with torch.no_grad():
-                    cumulated = self.model(images).double().softmax(1).cumsum(1)
-                labels = torch.searchsorted(cumulated, draw.to(cumulated)).squeeze(1).clamp_max(self.classes - 1)
-            rows[filled : filled + len(labels)] = self.gradients(images, labels)
-            filled += len(labels)
-        return rows
+        draws = torch.rand(len(self.sample), 1, generator=generator, dtype=torch.float64)
+        like = next(iter(self.params.values()))
+        matrix = like.new_empty(len(self.sample), sum(param.numel() for param in self.params.values()))
+        rows = list(matrix.split(self.settings.chunk))  # views, filled in place: the matrix is held only once
+        pairs = zip(self.batches(self.train, self.sample), draws.split(self.settings.chunk))
+        for row, ((images, labels), draw) in zip(rows, pairs):
+            row.copy_(
+                self.gradients(images, self.draw_labels(images, draw) if self.measure is loss_measure else labels)
+            )
+        return matrix
+
+    @torch.no_grad()
+    def draw_labels(self, images: Tensor, draws: Tensor) -> Tensor:
+        """(b,) labels from the model's own prediction, by inverting its distribution at `draws` (b, 1) in 0..1.
+
+        One draw belongs to one image, whatever the chunk size; in float64 on the CPU, which not every device offers.
+        """
+        cumulated = self.model(images).softmax(1).cpu().double().cumsum(1)
+        return torch.searchsorted(cumulated, draws).squeeze(1).clamp_max(self.classes - 1).to(images.device)
 
     @cached_property
     def damping(self) -> float:
@@ -697,8 +727,8 @@ class _Problem:
             images, labels = source.batch(chosen)
             if isinstance(self.settings.measure, str):
                 _check_labels(labels, self.classes)
-            floating = images.is_floating_point()
-            yield images.to(like.device, like.dtype if floating else None), labels.to(like.device)
+            images = images.to(like.device, like.dtype if images.is_floating_point() else None)
+            yield images, labels.to(like.device, None if labels.is_floating_point() else torch.long)
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """(b, p) gradient of the measure at each sample, by vmap(grad)."""
@@ -744,30 +774,8 @@ def _try_model(problem: _Problem, source: _Source, index: Tensor, role: str) -> 
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
-# ║ Influence: gradients and curvature                                                                           ║
+# ║ Influence: curvature                                                                                         ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
-
-
-def _per_sample_gradients(
-    model: nn.Module, params: dict[str, Tensor], measure: Measure, images: Tensor, labels: Tensor
-) -> dict[str, Tensor]:
-    """name → (b, *shape): the gradient of the measure with respect to `params`, one a sample."""
-
-    def single(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return measure(functional_call(model, values, (image[None],)), label[None]).sum()
-
-    return vmap(grad(single), in_dims=(None, 0, 0))(params, images, labels)
-
-
-def flatten_params(tensors: Mapping[str, Tensor]) -> Tensor:
-    """name → (k, *shape) becomes (k, p), parameters side by side in the model's order."""
-    return torch.cat([tensor.flatten(1) for tensor in tensors.values()], dim=1)
-
-
-def unflatten_params(matrix: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """(k, p) becomes name → (k, *shape): the inverse of `flatten_params`."""
-    pieces = matrix.split([param.numel() for param in params.values()], dim=1)
-    return {name: piece.unflatten(1, params[name].shape) for name, piece in zip(params, pieces)}
 
 
 def _curvature_product(problem: _Problem, vectors: Tensor, indices: Tensor) -> Tensor:
@@ -853,16 +861,16 @@ class _KernelSolver:
 
     def __init__(self, problem: _Problem) -> None:
         self.rows, self.damping, self.samples = problem.rows, problem.damping, len(problem.sample)
-        gram = (self.rows @ self.rows.T).double()  # (r, r)
+        gram = (self.rows @ self.rows.T).cpu().double()  # (r, r)
         self.largest = largest_eigenvalue(lambda vector: vector @ gram, gram[:1]) / self.samples
-        shifted = gram + self.samples * self.damping * torch.eye(self.samples, dtype=gram.dtype, device=gram.device)
+        shifted = gram + self.samples * self.damping * torch.eye(self.samples, dtype=gram.dtype)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if failed or not torch.isfinite(factor).all():
             raise NonFiniteError(f"the Gram matrix with damping {self.damping:.1e} is singular; raise damping")
         self.factor = factor
 
     def solve(self, v: Tensor) -> tuple[Tensor, Health]:
-        inner = torch.cholesky_solve((self.rows @ v.T).double(), self.factor).to(v.dtype)  # (r, m)
+        inner = torch.cholesky_solve((self.rows @ v.T).cpu().double(), self.factor).to(v)  # (r, m)
         s = (v - inner.T @ self.rows) / self.damping
         check = (s @ self.rows.T) @ self.rows / self.samples + self.damping * s - v
         health = Health("kernel", _relative_residual(check, v), self.damping, self.largest, 0, self.samples)
@@ -1462,7 +1470,7 @@ def plot_confusion(ax: Axes, result: Evaluation) -> Axes:
 
 def plot_channels(image: Tensor) -> Figure:
     """The red, green and blue channel of a uint8 image (3, 32, 32), each pixel annotated with its value 0..255."""
-    figure, axes = plt.subplots(1, 3, figsize=(24, 8.4))
+    figure, axes = plt.subplots(1, 3, figsize=(24, 8.7))
     for ax, channel, name in zip(axes, image.numpy(), ("red", "green", "blue")):
         ax.imshow(channel, cmap="gray", vmin=0, vmax=255)
         for (row, column), value in np.ndenumerate(channel):
@@ -1526,7 +1534,7 @@ def plot_image_row(
     data: ImageData, indices: Sequence[int] | NDArray[Any], titles: Sequence[str], colour: str
 ) -> Figure:
     """Images side by side, each with its title, class and index above."""
-    figure, axes = plt.subplots(1, len(indices), figsize=(2.2 * len(indices), 2.7), squeeze=False)
+    figure, axes = plt.subplots(1, len(indices), figsize=(2.2 * len(indices), 2.9), squeeze=False)
     for ax, index, title in zip(axes[0], indices, titles):
         show_image(ax, data.images[int(index)])
         ax.set_title(f"{title}\n{data.class_of(int(index))} #{index}", color=colour, fontsize=10)

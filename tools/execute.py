@@ -49,13 +49,15 @@ def execute(source: Path) -> NotebookNode:
         cell.metadata.pop("execution", None)
     folder = {"metadata": {"path": str(source.parent.resolve())}}
     client = TerminalClient(book, timeout=None, kernel_name="python3", resources=folder, record_timing=False)
+    client.extra_arguments = ["--log-level=ERROR"]  # else the kernel warns about its own local port
     client.reset_execution_trackers()
     with client.setup_kernel():
         for index, cell in enumerate(book.cells):
             if title := heading(cell):
                 print(f"\n── {title}", flush=True)
             client.execute_cell(cell, index)
-    book.metadata = {"kernelspec": book.metadata.get("kernelspec", {}), "language_info": {"name": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     return book
 
 

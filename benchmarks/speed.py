@@ -1,0 +1,149 @@
+"""How fast is the engine? One command, one run, ratios on the same machine, images and model.
+
+    python benchmarks/speed.py        # what `make bench` does, about four minutes on two cores
+
+Each part runs in a process of its own, so that its peak memory is its own. The package is timed on a part of its work
+(200 recursions, 2,000 gradients) and scaled to its documented 5,000 recursions and all images, which the table says.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+import notebook_support as ns
+
+DOCUMENTED_DEPTH = 5_000  # recursion depth in the package's manual
+PART_DEPTH, PART_IMAGES = 200, 2_000
+REPEATS = 3
+
+
+def prepare() -> tuple[torch.nn.Module, ns.ImageData, ns.ImageData]:
+    """The committed model (speed does not depend on its weights, so an untrained one will do) and the real data."""
+    train, test = ns.load_data("cifar10")
+    model, checkpoint = ns.Net(), Path("data/net.safetensors")
+    if checkpoint.exists():
+        model.load_state_dict(ns.read_checkpoint(checkpoint)[0])
+    return model.to(ns.pick_device()), train, test
+
+
+def time_plain(n: int) -> dict[str, Any]:
+    """One forward and backward pass over n images in batches of 500, without an optimiser step."""
+    model, train, _ = prepare()
+    device, seconds = ns.pick_device(), []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        for chosen in torch.arange(n).split(500):
+            images, labels = train.batch(chosen)
+            model.zero_grad()
+            F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds[1:]}  # the first pass warms up
+
+
+def time_engine(n: int, m: int) -> dict[str, Any]:
+    """The whole call, solve and score, with the default settings."""
+    model, train, test = prepare()
+    subset, runs = train.subset(range(n)), []
+    for _ in range(REPEATS if m == 10 and n == len(train) else 1):
+        start = time.perf_counter()
+        health = ns.compute_influences(model, subset, test, range(m)).health
+        runs.append((time.perf_counter() - start, health.seconds_solve, health.seconds_score))
+    whole, solve, score = (list(column) for column in zip(*runs))
+    return {"seconds": whole, "solve": solve, "score": score}
+
+
+def time_package(batch_size: int) -> dict[str, Any]:
+    """A part of the package's work for one test image, and what all of it would take."""
+    model, train, test = prepare()
+    part = TensorDataset(*train.batch(torch.arange(PART_IMAGES)))
+    run = ns.run_package(model, part, TensorDataset(*test.batch(torch.tensor([0]))), PART_DEPTH, batch_size=batch_size)
+    scaled = run.seconds_for(DOCUMENTED_DEPTH, len(train), PART_DEPTH)
+    return {"seconds": [scaled], "measured": run.seconds_solve + run.seconds_score}
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"plain": time_plain, "engine": time_engine, "package": time_package}
+
+
+def in_own_process(part: str, *numbers: int) -> dict[str, Any]:
+    """Run one part in a new process; its figures, with the process's peak memory in GB."""
+    command = [sys.executable, __file__, "--part", part, *map(str, numbers)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    print(f"measured {part} {numbers}", file=sys.stderr, flush=True)
+    return json.loads(answer.splitlines()[-1])
+
+
+def summary(figures: dict[str, Any]) -> dict[str, Any]:
+    """Median, lowest and highest of the repeated seconds."""
+    seconds = figures["seconds"]
+    rounded = {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "peak": figures["peak"]}
+    return {key: round(value, 2) for key, value in rounded.items()}
+
+
+def machine() -> str:
+    """Device, cores and versions, for whoever compares."""
+    gpu = torch.cuda.get_device_name() if ns.pick_device().type == "cuda" else "no GPU"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return (
+        f"{gpu}, {cores} CPU cores, torch {torch.__version__} on {threads} threads, Python {platform.python_version()}"
+    )
+
+
+def print_row(*cells: Any) -> None:
+    """One row of a Markdown table."""
+    print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def main() -> None:
+    """Measure every part, print the table, record it."""
+    plain = in_own_process("plain", 50_000)
+    engine = {(n, 10): in_own_process("engine", n, 10) for n in (12_500, 25_000, 50_000)}
+    engine[50_000, 200] = in_own_process("engine", 50_000, 200)
+    package = min((in_own_process("package", size) for size in (1, 4, 32)), key=lambda figures: figures["seconds"][0])
+    base, theirs = statistics.median(plain["seconds"]), package["seconds"][0]
+    record: dict[str, Any] = {"machine": machine(), "plain": summary(plain), "engine": {}}
+    record["package"] = {"scaled_seconds": round(theirs, 1), "measured_seconds": round(package["measured"], 1)}
+
+    print(f"\n{machine()}; median of {REPEATS} runs where a range is given\n")
+    print_row("what", "seconds", "range", "peak GB", "solve + score", "score ÷ plain", "package ÷ ours")
+    print_row(*["---"] * 7)
+    line = summary(plain)
+    print_row("plain pass, 50,000", line["median"], f"{line['low']}-{line['high']}", line["peak"], "", 1, "")
+    for (n, m), figures in engine.items():
+        line, score = summary(figures), statistics.median(figures["score"])
+        line |= {"score_to_plain": round(score / (base * n / 50_000), 2)}
+        line |= {"package_ratio": round(theirs * n / 50_000 * m / line["median"])}
+        record["engine"][f"{n} x {m}"] = line
+        halves = f"{statistics.median(figures['solve']):.1f} + {score:.1f}"
+        spread = f"{line['low']}-{line['high']}"
+        ratios = (line["score_to_plain"], f"{line['package_ratio']:,}")
+        print_row(f"influence, {n:,} × {m} test images", line["median"], spread, line["peak"], halves, *ratios)
+    print_row("package, 50,000 × 1 test image", round(theirs), "scaled", round(package["peak"], 2), "", "", 1)
+    part = f"{PART_DEPTH} of {DOCUMENTED_DEPTH:,} recursions and {PART_IMAGES:,} of 50,000 gradients"
+    print(f"\nThe package was timed on {part} ({package['measured']:.1f} s) and scaled; the best of three batch sizes.")
+    ns.record_results(ns.run_mode().data / "results.json", "speed", record)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", metavar=("PART", "NUMBER"), help=argparse.SUPPRESS)
+    if chosen := parser.parse_args().part:
+        measured = PARTS[chosen[0]](*map(int, chosen[1:]))
+        measured["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(json.dumps(measured))
+    else:
+        main()

@@ -1,0 +1,207 @@
+"""What is committed: notebooks as they were run, pictures that are current, numbers that agree, a tidy house."""
+
+import ast
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
+MODULES = [ROOT / "notebook_support.py", *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users|usr)/|[A-Z]:\\\\")
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def sources(path: Path, kind: str) -> str:
+    return "\n".join("".join(cell["source"]) for cell in cells(path, kind))
+
+
+def outputs(path: Path) -> list[dict]:
+    return [output for cell in cells(path, "code") for output in cell["outputs"]]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+class TestNotebook:
+    def test_it_was_run_from_top_to_bottom(self, path):
+        code = cells(path, "code")
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+        assert all("".join(cell["source"]).strip() for cell in cells(path, "code") + cells(path, "markdown"))
+
+    def test_it_holds_no_error_no_warning_and_no_progress_bar(self, path):
+        for output in outputs(path):
+            assert output["output_type"] != "error"
+            assert output.get("name") != "stderr"
+            assert "Warning" not in json.dumps(output)
+            assert "it/s]" not in json.dumps(output)
+
+    def test_it_holds_no_widget_and_no_path_of_a_machine(self, path):
+        assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+        texts = [json.dumps({k: v for k, v in o.get("data", o).items() if k != "image/png"}) for o in outputs(path)]
+        assert not [text for text in texts if MACHINE_PATH.search(text)]
+
+    def test_it_is_small_enough_for_github_and_its_cells_for_a_reader(self, path):
+        assert path.stat().st_size <= 1_000_000
+        assert all(len(cell["source"]) <= 40 for cell in cells(path, "code"))
+
+    def test_it_imports_nothing_else_of_ours(self, path):
+        imports = re.findall(r"^\s*(?:import|from) (\w+)", sources(path, "code"), re.M)
+        ours = {file.stem for file in ROOT.rglob("*.py") if ".venv" not in file.parts} - {"notebook_support"}
+        assert not ours & set(imports)
+
+    def test_it_was_run_on_the_real_data_in_full(self, path):
+        text = json.dumps(outputs(path), ensure_ascii=False)
+        assert "THIS IS NOT CIFAR-10" not in text
+        assert "50,000" in text
+
+
+def test_every_picture_is_the_one_its_notebook_shows():
+    shown = {
+        base64.b64decode(o["data"]["image/png"])
+        for path in NOTEBOOKS
+        for o in outputs(path)
+        if "image/png" in o.get("data", {})
+    }
+    pictures = list((ROOT / "images").glob("*.png"))
+    assert pictures
+    assert not [file.name for file in pictures if file.read_bytes() not in shown]
+
+
+def test_every_picture_and_file_that_a_page_names_exists():
+    for page in [*ROOT.glob("*.md"), *NOTEBOOKS]:
+        text = page.read_text(encoding="utf-8") if page.suffix == ".md" else sources(page, "markdown")
+        for name in re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", text):
+            assert (ROOT / "".join(name)).exists(), f"{page.name} names {''.join(name)}"
+    assert "images/torched-pie.png" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_pictures_the_readme_needs_are_wide_enough_and_not_too_wide():
+    from PIL import Image
+
+    for file in (ROOT / "images").glob("*.png"):
+        width, height = Image.open(file).size
+        assert 150 <= width <= (2400 if file.name == "rgb-channels-grayscale.png" else 700), file.name
+        assert height >= 150, file.name
+
+
+def test_the_numbers_of_the_readme_come_from_the_results():
+    results = json.loads((ROOT / "data/results.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    speed, student = results["speed"], results["student"]
+    ten, many = speed["engine"]["50000 x 10"], speed["engine"]["50000 x 200"]
+    for text in (
+        f"{student['test_accuracy']:.1%}",
+        f"| {speed['plain']['median']:.1f} s |",
+        f"| {ten['median']:.1f} s |",
+        f"| {many['median']:.1f} s |",
+        f"| {speed['package']['scaled_seconds']:.0f} s |",
+        f"{ten['package_ratio']:,} ×",
+        f"{many['package_ratio']:,} ×",
+    ):
+        assert text in readme, text
+
+
+def test_no_cifar_file_cache_or_environment_is_committed():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    assert not [
+        name for name in listed if re.search(r"batch|\.venv|__pycache__|\.pyc$|checkpoints|^build/|cifar.*tar", name)
+    ]
+    assert all((ROOT / name).stat().st_size < 1_000_000 for name in listed if (ROOT / name).exists())
+
+
+# ── the code ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy", "notebook_support.py", "tools", "benchmarks"],
+    ],
+)
+def test_the_linters_find_nothing(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_functions_are_short_and_take_few_parameters(path):
+    for node in functions(path):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+        parameters = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg not in {"self", "cls"}]
+        assert lines <= 30, f"{node.name} has {lines} lines"
+        assert len(parameters) <= 6, f"{node.name} takes {len(parameters)} parameters"
+
+
+def test_a_section_of_the_module_calls_none_below_it():
+    text = (ROOT / "notebook_support.py").read_text(encoding="utf-8")
+    borders = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith("# ║ ")]
+    section = lambda line: sum(border <= line for border in borders)  # noqa: E731
+    tree = ast.parse(text)
+    home = {n.name: section(n.lineno) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    wrong = [
+        f"line {node.lineno} uses {node.id}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and home.get(node.id, 0) > section(node.lineno)
+    ]
+    assert not wrong
+
+
+# ── the tools ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tiny_notebook(path: Path, *sources: str) -> Path:
+    code = [
+        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": s}
+        for i, s in enumerate(sources)
+    ]
+    title = {"cell_type": "markdown", "id": "t", "metadata": {}, "source": "# A title\n\nwith $x^2$ in it"}
+    path.write_text(json.dumps({"cells": [title, *code], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def execute(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools/execute.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_executing_shows_progress_keeps_bars_out_and_writes_a_page_that_loads_nothing(tmp_path):
+    source = tiny_notebook(
+        tmp_path / "a.ipynb", "import sys; print('hello', 6 * 7)", "sys.stderr.write('\\r 50%|##  |'); 1 + 1"
+    )
+    done = execute(source, "--to", tmp_path / "out", "--html")
+    assert done.returncode == 0, done.stderr
+    assert "A title" in done.stdout
+    assert "hello 42" in done.stdout
+    book = json.loads((tmp_path / "out/a.ipynb").read_text())
+    assert [o["output_type"] for c in book["cells"] if c["cell_type"] == "code" for o in c["outputs"]] == [
+        "stream",
+        "execute_result",
+    ]
+    page = (tmp_path / "out/a.html").read_text()
+    assert "<msup>" in page
+    assert not re.search(r"(?:src|href)=\"(?:https?:)?//", page)
+
+
+def test_a_failing_cell_fails_the_run_and_overwrites_nothing(tmp_path):
+    source = tiny_notebook(tmp_path / "a.ipynb", "1 / 0")
+    before = source.read_text()
+    done = execute(source)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert source.read_text() == before
