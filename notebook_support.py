@@ -57,6 +57,8 @@ from numpy.typing import NDArray
 from pytorch_influence_functions import calc_influence_function as package
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -470,6 +472,14 @@ def near_duplicates(train: ImageData, test: ImageData, threshold: float = 0.85) 
     order = ["same_label", "correlation", "set_a", "index_a", "set_b", "index_b"]
     columns = ["set_a", "index_a", "label_a", "set_b", "index_b", "label_b", "correlation", "pixel_rmse", "exact"]
     return pairs.sort_values(order, ascending=[True, False] + [True] * 4, ignore_index=True)[columns]
+
+
+def duplicate_groups(pairs: pd.DataFrame, train: ImageData, test: ImageData) -> NDArray[Any]:
+    """A number for each image, train first, then test: (n + m,); equal for images that a chain of `pairs` connects."""
+    size = len(train) + len(test)
+    ends = [pairs[f"index_{side}"] + len(train) * (pairs[f"set_{side}"] == "test") for side in "ab"]
+    links = coo_array((np.ones(len(pairs)), (ends[0].to_numpy(), ends[1].to_numpy())), shape=(size, size))
+    return connected_components(links, directed=False)[1]
 
 
 def _pixel_rmse(images: Tensor, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
@@ -1569,7 +1579,10 @@ def show_figure(figure: Figure, path: str | Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     plt.close(figure)
-    reduced = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+    whole = PIL.Image.open(drawn).convert("RGB")
+    # The default palette may miss a rare colour by 100 levels (red horses); this one is refined until it does not.
+    cover = PIL.Image.Quantize.MAXCOVERAGE
+    reduced = whole.quantize(256, method=cover, kmeans=1, dither=PIL.Image.Dither.NONE)
     with atomic_path(path) as temporary:
         reduced.save(temporary, format="PNG", optimize=True)
     display(Image(data=Path(path).read_bytes()))
