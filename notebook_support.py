@@ -9,7 +9,8 @@ Words: `params` θ (p of them), n `train` and m `test` samples, `loss` L the per
 `scores` the (m, n) influence matrix, `directions` the m solutions s = (H + λI)⁻¹∇L(z_test).
 
 The module reads in the order the data flows; a section never calls one below it:
-    setup → data → model and training → evaluation → influence → the package → experiments → plots → results on disk
+    setup → data → looking at the data → model and training → evaluation → influence → the package → experiments →
+    plots → results on disk
 
 Sources: Koh & Liang, "Understanding Black-box Predictions via Influence Functions", ICML 2017, arXiv:1703.04730;
 Agarwal, Bullins & Hazan, "Second-Order Stochastic Optimization for Machine Learning in Linear Time" (LiSSA), JMLR
@@ -56,9 +57,13 @@ from numpy.typing import NDArray
 from pytorch_influence_functions import calc_influence_function as package
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.utils.data import DataLoader, default_collate
@@ -302,6 +307,186 @@ def shuffled_batches(data: ImageData, batch_size: int, generator: torch.Generato
     """One pass over `data` in a random order: images (b, 3, 32, 32), normalised, and labels (b,)."""
     for chosen in torch.randperm(len(data), generator=generator).split(batch_size):
         yield data.batch(chosen)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Looking at the data: statistics, histograms, near-duplicates                                                 ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+CHANNELS = ("red", "green", "blue")
+LOOK_CHUNK = 5_000  # images (or pairs of images) held as floating-point numbers at a time
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMoments:
+    """`means` and `deviations` (n, 3) float64: of the `pixels` pixels of each image and channel, on the scale 0..1."""
+
+    means: Tensor
+    deviations: Tensor
+    pixels: int
+
+    @property
+    def brightness(self) -> Tensor:
+        """(n,) mean over all pixels and channels of an image."""
+        return self.means.mean(1)
+
+    @property
+    def contrast(self) -> Tensor:
+        """(n,) how far the pixels of an image lie from the mean of their channel (root mean square)."""
+        return self.deviations.square().mean(1).sqrt()
+
+
+def image_moments(images: Tensor) -> ImageMoments:
+    """Mean and (population) standard deviation per image and channel of uint8 images (n, 3, 32, 32), in one pass."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"images must be uint8 (n, 3, h, w) with n ≥ 1, not {images.dtype} {tuple(images.shape)}")
+    parts = [
+        torch.std_mean(chunk.flatten(2).double().div_(255), dim=2, correction=0) for chunk in images.split(LOOK_CHUNK)
+    ]
+    deviations, means = (torch.cat(column) for column in zip(*parts))
+    return ImageMoments(means, deviations, images[0, 0].numel())
+
+
+def channel_statistics(moments: ImageMoments) -> pd.DataFrame:
+    """One row a channel, on the scale 0..1: mean and standard deviation over all pixels of all images, and their parts.
+
+    variance of all pixels = mean variance within an image + variance of the image means (law of total variance), so
+    the widely copied mean of per-image deviations is the smaller number. That one divides by pixels − 1, as its
+    source, torch.std, does.
+    """
+    unbiased = math.sqrt(moments.pixels / max(moments.pixels - 1, 1))
+    within, between = moments.deviations.square().mean(0), moments.means.var(0, correction=0)
+    columns = {
+        "mean": moments.means.mean(0),
+        "deviation of all pixels": (within + between).sqrt(),
+        "mean of per-image deviations": moments.deviations.mean(0) * unbiased,
+        "deviation of image means": between.sqrt(),
+    }
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()}, index=list(CHANNELS))
+
+
+def channel_histograms(images: Tensor, groups: Tensor, bins: int = 256) -> Tensor:
+    """How often each value occurs per group and channel: (number of groups, 3, bins) int64, in one pass.
+
+    images (n, 3, h, w) uint8; groups (n,) whole numbers from 0: the labels, or one number for each image. bins: 256 or
+    a smaller power of two, equally wide.
+    """
+    if bins not in {2**power for power in range(1, 9)}:
+        raise ValueError(f"bins must be a power of two from 2 to 256, not {bins}")
+    if len(groups) != len(images) or not len(groups) or int(groups.min()) < 0:
+        raise ValueError(f"groups must hold one whole number ≥ 0 for each of the {len(images)} images")
+    size = 3 * bins * (int(groups.max()) + 1)
+    counts = torch.zeros(size, dtype=torch.int64)
+    for chunk, group in zip(images.split(LOOK_CHUNK), groups.split(LOOK_CHUNK)):
+        offset = (group[:, None] * 3 + torch.arange(3)) * bins  # (b, 3): where the counts of each image begin
+        place = chunk.flatten(2).div(256 // bins, rounding_mode="floor") + offset[..., None].int()
+        counts += torch.bincount(place.flatten(), minlength=size)
+    return counts.view(-1, 3, bins)
+
+
+def class_means(data: ImageData) -> Tensor:
+    """The mean image of each class: (classes, 3, 32, 32) float32, 0..255; a class without images is an error."""
+    counts = torch.bincount(data.labels, minlength=len(data.class_names))
+    if not counts.all():
+        raise ValueError(f"no image is labelled {data.class_names[int(counts.argmin())]!r}, so it has no mean image")
+    sums = torch.zeros(len(counts), data.images[0].numel(), dtype=torch.float64)
+    for chunk, labels in zip(data.images.split(LOOK_CHUNK), data.labels.split(LOOK_CHUNK)):
+        sums.index_add_(0, labels, chunk.flatten(1).double())
+    return (sums / counts[:, None]).float().view(-1, *data.images.shape[1:])
+
+
+def image_details(images: Tensor) -> Tensor:
+    """What is left of uint8 images (n, 3, 32, 32) without brightness, contrast and slow change: (n, 1728) unit rows.
+
+    From each pixel at least 4 from the border (24 × 24 of them) the mean of the 9 × 9 pixels around it is subtracted.
+    The product of two rows is then a correlation; a featureless image is a row of zeros and correlates with nothing.
+    """
+    parts = []
+    for chunk in images.split(LOOK_CHUNK):
+        pixels = chunk.float()
+        blurred = F.avg_pool2d(F.avg_pool2d(pixels, (9, 1), stride=1), (1, 9), stride=1)  # (b, 3, 24, 24)
+        sharp = (pixels[..., 4:-4, 4:-4] - blurred).flatten(1)
+        sharp -= sharp.mean(1, keepdim=True)
+        length = sharp.norm(dim=1, keepdim=True)
+        parts.append(torch.where(length > 1, sharp / length.clamp(min=1), 0))  # ≤ 1 is rounding, not a picture
+    return torch.cat(parts)
+
+
+def exact_copies(images: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Positions (first < second) of all pairs of uint8 images that agree in every pixel, found by a 64-bit hash."""
+    flat = images.flatten(1).numpy()
+    random = np.random.default_rng(0).integers(1, 2**63, flat.shape[1], dtype=np.uint64)
+    starts = range(0, len(flat), LOOK_CHUNK)
+    hashes = np.concatenate([flat[s : s + LOOK_CHUNK].astype(np.uint64) @ random for s in starts])  # modulo 2⁶⁴
+    table = pd.DataFrame({"hash": hashes, "position": np.arange(len(flat))})
+    table = table[table["hash"].duplicated(keep=False)]
+    pairs = table.merge(table, on="hash").query("position_x < position_y")
+    first, second = pairs["position_x"].to_numpy(), pairs["position_y"].to_numpy()
+    same = (flat[first] == flat[second]).all(1)  # equal hashes are a strong hint, equal pixels the proof
+    return first[same], second[same]
+
+
+def similar_pairs(
+    details: NDArray[np.float32], threshold: float, components: int = 96
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """All pairs of rows of `details` (n, d) that correlate by at least `threshold`: first < second, correlation.
+
+    Unit rows are √(2 − 2·correlation) apart, and a projection never lengthens a distance: whatever is further apart
+    than that in the first principal components is ruled out there, and no pair is missed. The rest is checked in full.
+    """
+    kept = min(components, *details.shape)
+    projected = PCA(kept, svd_solver="covariance_eigh").fit_transform(details).astype(np.float32)
+    radius = math.sqrt(2 - 2 * threshold) + 1e-3  # the margin is for rounding
+    search = NearestNeighbors(radius=radius, algorithm="brute").fit(projected)
+    found = search.radius_neighbors_graph(mode="connectivity").tocoo()
+    first, second = found.row[found.row < found.col], found.col[found.row < found.col]
+    starts = range(0, len(first), LOOK_CHUNK)
+    chunks = [(first[s : s + LOOK_CHUNK], second[s : s + LOOK_CHUNK]) for s in starts]
+    correlation = np.concatenate([np.zeros(0), *(np.einsum("ij,ij->i", details[a], details[b]) for a, b in chunks)])
+    near = correlation >= threshold
+    return first[near], second[near], correlation[near]
+
+
+def near_duplicates(train: ImageData, test: ImageData, threshold: float = 0.85) -> pd.DataFrame:
+    """Pairs of images, within and between train and test, that are the same picture: exactly, or nearly.
+
+    Nearly: their details (`image_details`) correlate by at least `threshold`, 0.5 to 1. One row a pair: set, index and
+    label of either image, correlation, RMSE of the pixels (0..255), exact; different labels first, then by correlation.
+    """
+    if not 0.5 <= threshold <= 1:
+        raise ValueError(f"threshold must be a correlation from 0.5 to 1, not {threshold}")
+    images, labels = torch.cat([train.images, test.images]), torch.cat([train.labels, test.labels]).numpy()
+    same_a, same_b = exact_copies(images)
+    first, second, correlation = similar_pairs(image_details(images).numpy(), threshold)
+    a, b = np.concatenate([same_a, first]), np.concatenate([same_b, second])
+    pairs = pd.DataFrame({"correlation": np.concatenate([np.ones(len(same_a)), correlation])})
+    for side, position in (("a", a), ("b", b)):
+        of_test = position >= len(train)
+        pairs[f"set_{side}"] = np.where(of_test, "test", "train")
+        pairs[f"index_{side}"] = position - len(train) * of_test
+        pairs[f"label_{side}"] = np.array(train.class_names)[labels[position]]
+    pairs["pixel_rmse"] = _pixel_rmse(images, a, b)
+    pairs["exact"] = np.arange(len(pairs)) < len(same_a)
+    pairs["same_label"] = labels[a] == labels[b]
+    pairs = pairs.drop_duplicates(["set_a", "index_a", "set_b", "index_b"])  # an exact copy is found twice: kept once
+    order = ["same_label", "correlation", "set_a", "index_a", "set_b", "index_b"]
+    columns = ["set_a", "index_a", "label_a", "set_b", "index_b", "label_b", "correlation", "pixel_rmse", "exact"]
+    return pairs.sort_values(order, ascending=[True, False] + [True] * 4, ignore_index=True)[columns]
+
+
+def duplicate_groups(pairs: pd.DataFrame, train: ImageData, test: ImageData) -> NDArray[Any]:
+    """A number for each image, train first, then test: (n + m,); equal for images that a chain of `pairs` connects."""
+    size = len(train) + len(test)
+    ends = [pairs[f"index_{side}"] + len(train) * (pairs[f"set_{side}"] == "test") for side in "ab"]
+    links = coo_array((np.ones(len(pairs)), (ends[0].to_numpy(), ends[1].to_numpy())), shape=(size, size))
+    return connected_components(links, directed=False)[1]
+
+
+def _pixel_rmse(images: Tensor, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+    """Root mean squared difference, in levels 0..255, of the images at `first` and at `second`."""
+    parts = zip(torch.from_numpy(first).split(LOOK_CHUNK), torch.from_numpy(second).split(LOOK_CHUNK))
+    squares = [(images[a].float() - images[b].float()).square().mean((1, 2, 3)) for a, b in parts]
+    return torch.cat(squares).sqrt().numpy() if squares else np.zeros(0)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1402,7 +1587,10 @@ def show_figure(figure: Figure, path: str | Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     plt.close(figure)
-    reduced = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+    whole = PIL.Image.open(drawn).convert("RGB")
+    # The default palette may miss a rare colour by 100 levels (red horses); this one is refined until it does not.
+    cover = PIL.Image.Quantize.MAXCOVERAGE
+    reduced = whole.quantize(256, method=cover, kmeans=1, dither=PIL.Image.Dither.NONE)
     with atomic_path(path) as temporary:
         reduced.save(temporary, format="PNG", optimize=True)
     display(Image(data=Path(path).read_bytes()))
@@ -1539,6 +1727,51 @@ def plot_image_row(
         show_image(ax, data.images[int(index)])
         ax.set_title(f"{title}\n{data.class_of(int(index))} #{index}", color=colour, fontsize=10)
     return figure
+
+
+def plot_image_grid(
+    data: ImageData, indices: Tensor | NDArray[Any], row_names: Sequence[str] = (), titles: Sequence[str] = ()
+) -> Figure:
+    """Images of `data` at `indices` (rows, columns), 7 inches wide; a name left of each row, a title above each image.
+
+    titles: row after row. An index below 0 leaves its place empty.
+    """
+    rows, columns = np.shape(indices)
+    width = 7 / (columns + 1.2 * bool(row_names))
+    figure, axes = plt.subplots(rows, columns, figsize=(7, rows * (width + 0.26 * bool(titles))), squeeze=False)
+    for place, (ax, index) in enumerate(zip(axes.flat, np.asarray(indices).ravel())):
+        ax.set_axis_off()
+        if index >= 0:
+            show_image(ax, data.images[int(index)], titles[place] if titles else "")
+    for ax, name in zip(axes[:, 0], row_names):
+        ax.text(-0.12, 0.5, name, ha="right", va="center", transform=ax.transAxes)
+    return figure
+
+
+def plot_pairs(train: ImageData, test: ImageData, pairs: pd.DataFrame, columns: int = 4) -> Figure:
+    """Pairs of `near_duplicates` side by side, each image with set, index and label; labels that differ in red."""
+    rows = max(1, math.ceil(len(pairs) / columns))
+    figure = plt.figure(figsize=(7, max(1.6, 1.4 * rows)))
+    grid = figure.add_gridspec(rows, 3 * columns - 1, width_ratios=([1, 1, 0.12] * columns)[:-1])
+    for place, pair in enumerate(pairs.itertuples()):
+        row, column = divmod(place, columns)
+        colour = "black" if pair.label_a == pair.label_b else HARMFUL_COLOUR
+        for side in (0, 1):
+            part, index, label = (getattr(pair, f"{name}_{'ab'[side]}") for name in ("set", "index", "label"))
+            ax = figure.add_subplot(grid[row, 3 * column + side])
+            show_image(ax, (train if part == "train" else test).images[index], f"{part}\n#{index}\n{label}", colour)
+    if pairs.empty:
+        figure.text(0.5, 0.5, "no such pair in this data", ha="center", va="center")
+    return figure
+
+
+def plot_channel_histogram(ax: Axes, counts: Tensor) -> Axes:
+    """Share of the pixels (in per cent) at each value 0..255, red, green and blue, from `counts` (3, 256)."""
+    share = 100 * counts / counts.sum(1, keepdim=True)
+    for values, name, colour in zip(share, CHANNELS, ("#CC3311", "#228833", "#0072B2")):
+        ax.plot(np.arange(256), values, color=colour, linewidth=1, label=name)
+    ax.set(xlim=(-3, 258), ylim=(0, None), xticks=(0, 128, 255))
+    return ax
 
 
 def plot_torched_pie(ax: Axes, shares: Mapping[str, float], seed: int = 0) -> Axes:
