@@ -1,5 +1,7 @@
 """Looking at the data: statistics on images that can be computed by hand, and duplicates planted to be found."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -132,8 +134,11 @@ def test_planted_duplicates_are_found_and_different_labels_come_first():
 
 
 def test_featureless_images_are_duplicates_only_when_they_are_equal():
-    found = ns.near_duplicates(data(torch.cat([flat(10, 90, 10), scenes(20)])), data(scenes(5, seed=2)))
+    ramp = torch.arange(32).expand(1, 3, 32, 32)
+    ramps = torch.cat([ramp * 3, ramp * 7]).to(torch.uint8)  # only rounding is left of their details
+    found = ns.near_duplicates(data(torch.cat([flat(10, 90, 10), ramps, scenes(20)])), data(scenes(5, seed=2)))
     assert found[["index_a", "index_b", "exact"]].to_numpy().tolist() == [[0, 2, True]]
+    assert (ns.image_details(ramps) == 0).all()
 
 
 def test_the_search_in_few_components_misses_no_pair():
@@ -162,7 +167,7 @@ def test_equal_hashes_of_different_images_are_no_copies(monkeypatch):
             return np.zeros(size, dtype)  # every hash is 0: all images collide
 
     monkeypatch.setattr(ns.np.random, "default_rng", lambda seed: Zeros())
-    first, second = ns.exact_copies(torch.cat([flat(1, 2, 3), flat(2)]))
+    first, second = ns.exact_copies(torch.cat([halves(1, 2), halves(1, 3), flat(2), halves(1, 3)]))
     assert (first.tolist(), second.tolist()) == ([1], [3])
 
 
@@ -206,3 +211,29 @@ def test_histogram_lines_are_shares_in_per_cent():
     figure = ns.plt.figure()
     ax = ns.plot_channel_histogram(figure.add_subplot(), ns.channel_histograms(halves(0, 255), torch.tensor([0]))[0])
     assert [line.get_ydata()[[0, 1, 255]].tolist() for line in ax.lines] == [[50, 0, 50]] * 3
+
+
+def test_a_saved_figure_keeps_the_colours_of_photographs(cifar, tmp_path, monkeypatch):
+    monkeypatch.setattr(ns, "display", lambda picture: None)
+    ns.use_style()
+    figure = ns.plot_image_grid(cifar[0], np.random.default_rng(1).choice(50_000, (6, 12)))
+    with io.BytesIO() as drawn:
+        figure.savefig(drawn, format="png")
+        whole = np.asarray(ns.PIL.Image.open(drawn).convert("RGB")).astype(int)
+    ns.show_figure(figure, tmp_path / "a.png")
+    saved = np.asarray(ns.PIL.Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    error = np.abs(saved - whole).max(2)
+    assert error.max() < 60  # of 255; the default palette is off by 95
+    assert saved[0, 0].tolist() == [255, 255, 255]
+
+
+def test_groups_follow_chains_of_pairs_across_the_sets():
+    train, test = data(scenes(5)), data(scenes(3))
+    pairs = ns.pd.DataFrame(
+        {"set_a": ["train", "train"], "index_a": [0, 3], "set_b": ["train", "test"], "index_b": [3, 1]}
+    )
+    group = ns.duplicate_groups(pairs, train, test)
+    assert group.shape == (8,)
+    assert group[0] == group[3] == group[6]
+    assert len(set(group.tolist())) == 6
+    assert len(set(ns.duplicate_groups(pairs.head(0), train, test).tolist())) == 8
