@@ -1038,6 +1038,16 @@ def _relative_residual(residual: Tensor, v: Tensor) -> float:
     return float((residual.norm(dim=1) / v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)).max())
 
 
+def _gram(rows: Tensor, blocks: int = 8) -> Tensor:
+    """(r, p) → (r, r) inner products of all rows, float64 on the CPU; the lower half is computed and mirrored."""
+    gram, start = rows.new_zeros(len(rows), len(rows)), 0
+    for block in rows.chunk(blocks):
+        gram[start:, start : start + len(block)] = rows[start:] @ block.T
+        start += len(block)
+    lower = gram.cpu().double().tril()
+    return lower + lower.tril(-1).T
+
+
 class _KernelSolver:
     """Direct: the damped Fisher inverse through the r × r Gram matrix of r sampled gradients G (Woodbury).
 
@@ -1046,7 +1056,7 @@ class _KernelSolver:
 
     def __init__(self, problem: _Problem) -> None:
         self.rows, self.damping, self.samples = problem.rows, problem.damping, len(problem.sample)
-        gram = (self.rows @ self.rows.T).cpu().double()  # (r, r)
+        gram = _gram(self.rows)
         self.largest = largest_eigenvalue(lambda vector: vector @ gram, gram[:1]) / self.samples
         shifted = gram + self.samples * self.damping * torch.eye(self.samples, dtype=gram.dtype)
         factor, failed = torch.linalg.cholesky_ex(shifted)

@@ -125,7 +125,7 @@ def main() -> None:
     print_row("plain pass, 50,000", line["median"], f"{line['low']}-{line['high']}", line["peak"], "", 1, "")
     for (n, m), figures in engine.items():
         line, score = summary(figures), statistics.median(figures["score"])
-        line |= {"score_to_plain": round(score / (base * n / 50_000), 2)}
+        line |= {"score": round(score, 2), "score_to_plain": round(score / (base * n / 50_000), 2)}
         line |= {"package_ratio": round(theirs * n / 50_000 * m / line["median"])}
         record["engine"][f"{n} x {m}"] = line
         halves = f"{statistics.median(figures['solve']):.1f} + {score:.1f}"
