@@ -72,16 +72,23 @@ def write_text(path: Path, text: str) -> None:
 
 def to_html(book: NotebookNode) -> str:
     """One self-contained page: pictures embedded, formulas as MathML, nothing to be loaded from elsewhere."""
-    page = nbformat.from_dict(book)
+    page, formulas = nbformat.from_dict(book), list[str]()
+
+    def keep(found: re.Match[str]) -> str:
+        # The exporter's HTML cleaner takes MathML apart, so a word holds the place until it is done.
+        formulas.append(convert(found[2].strip(), display="block" if found[1] == "$$" else "inline"))
+        return f"FORMULA{len(formulas) - 1}HERE"
+
     for cell in page.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1].strip(), "block"), cell.source, flags=re.S)
-            cell.source = re.sub(r"\$([^$\n]+?)\$", lambda m: convert(m[1]), cell.source)
+            cell.source = re.sub(r"(\$\$?)(.+?)\1", keep, cell.source, flags=re.S)
     exporter = HTMLExporter(
         template_name="classic", embed_images=True, mathjax_url="", require_js_url="", jquery_url=""
     )
     body, _ = exporter.from_notebook_node(page)
-    return re.sub(r'<script[^>]*src="[^"]*"[^>]*>\s*</script>', "", body)
+    body = re.sub(r"FORMULA(\d+)HERE", lambda found: formulas[int(found[1])], body)
+    body = re.sub(r'<script[^>]*src="[^"]*"[^>]*>\s*</script>', "", body)
+    return re.sub(r"<script(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>", "", body, flags=re.S)  # unused here
 
 
 def main() -> int:
