@@ -1072,13 +1072,18 @@ class _KernelSolver:
         return s, health
 
 
+def _largest_curvature(problem: _Problem, indices: Tensor) -> float:
+    """Largest |eigenvalue| of H (without damping) on the training images at `indices`."""
+    like = flatten_params({name: param[None] for name, param in problem.params.items()})
+    return largest_eigenvalue(partial(_curvature_product, problem, indices=indices), like)
+
+
 class _CGSolver:
     """Conjugate gradients on curvature products, all right-hand sides at once (Hestenes & Stiefel 1952)."""
 
     def __init__(self, problem: _Problem) -> None:
         self.problem = problem
-        like = flatten_params({name: param[None] for name, param in problem.params.items()})
-        self.largest = largest_eigenvalue(partial(_curvature_product, problem, indices=problem.sample), like)
+        self.largest = _largest_curvature(problem, problem.sample)
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """(H + λI) times each row."""
@@ -1120,10 +1125,7 @@ class _LissaSolver:
     def __init__(self, problem: _Problem) -> None:
         self.problem = problem
         self.generator = torch.Generator().manual_seed(problem.settings.seed)
-        like = flatten_params({name: param[None] for name, param in problem.params.items()})
-        tops = []
-        for batch in [problem.sample, *(self.draw() for _ in range(4))]:
-            tops.append(largest_eigenvalue(partial(_curvature_product, problem, indices=batch), like))
+        tops = [_largest_curvature(problem, batch) for batch in [problem.sample, *(self.draw() for _ in range(4))]]
         self.largest = tops[0]
         self.scale = problem.settings.scale or 2 * (max(tops) + problem.damping)
 
@@ -1251,7 +1253,8 @@ def _conv_products(layer: nn.Module, inputs: Tensor, deltas: Tensor, weights: Te
     matrix product with a contiguous window of it.
     """
     assert isinstance(layer, nn.Conv2d)
-    vertical, horizontal = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
+    assert isinstance(layer.padding, tuple)  # `_fast_layers` lets no padding by name through
+    vertical, horizontal = layer.padding
     padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical))  # (b, c, H, W)
     (height, width), (c, k, length) = deltas.shape[2:], weights.shape[2:]
     columns = padded.unfold(3, length, 1).permute(0, 1, 4, 2, 3).reshape(len(inputs), c * length, -1)  # (b, cl, H·w)

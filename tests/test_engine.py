@@ -312,7 +312,6 @@ def test_the_model_is_left_exactly_as_it_was():
 @pytest.fixture(scope="module")
 def digits_net():
     train, test = ns.load_data("digits")
-    model = ns.Net()
     ns.seed_everything(0)
     model = ns.Net()
     ns.train_model(model, train.subset(range(300)), test.subset(range(50)), ns.TrainConfig(epochs=2, batch_size=32))
