@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -561,11 +562,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def train_model(model: nn.Module, train: ImageData, validation: ImageData, config: TrainConfig) -> pd.DataFrame:
+def train_model(
+    model: nn.Module, train: ImageData, config: TrainConfig, validation: ImageData | None = None
+) -> pd.DataFrame:
     """Train `model` in place on its own device; no augmentation, so that the training set is the training set.
 
-    Returns one row an epoch: epoch, train_loss, train_accuracy (running, while the weights move), validation_loss,
-    validation_accuracy, seconds. The last epoch's weights are kept: the validation data decides nothing.
+    Returns one row an epoch: epoch, train_loss, train_accuracy (running, while the weights move), seconds; with
+    `validation` also validation_loss and validation_accuracy, and a progress bar (without it: silent, a sixth faster
+    on small sets). The last epoch's weights are kept: the validation data decides nothing.
     """
     generator = torch.Generator().manual_seed(config.seed)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
@@ -574,12 +578,14 @@ def train_model(model: nn.Module, train: ImageData, validation: ImageData, confi
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps)
     history, start = [], time.perf_counter()
-    for epoch in tqdm(range(1, config.epochs + 1), desc="training", unit="epoch", leave=False):
+    epochs = range(1, config.epochs + 1)
+    for epoch in tqdm(epochs, desc="training", unit="epoch", leave=False, disable=validation is None):
         batches = shuffled_batches(train, config.batch_size, generator)
         row = {"epoch": epoch, **_train_epoch(model, batches, optimizer, scheduler)}
-        logits = predict(model, validation)
-        row["validation_loss"] = float(F.cross_entropy(logits, validation.labels))
-        row["validation_accuracy"] = float((logits.argmax(1) == validation.labels).float().mean())
+        if validation is not None:
+            logits = predict(model, validation)
+            row["validation_loss"] = float(F.cross_entropy(logits, validation.labels))
+            row["validation_accuracy"] = float((logits.argmax(1) == validation.labels).float().mean())
         history.append({**row, "seconds": time.perf_counter() - start})
     return pd.DataFrame(history)
 
@@ -648,7 +654,7 @@ def train_or_load(
             return history
         differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
         print(f"training again: the checkpoint {path} was made with another {', '.join(differing)}")
-    history = train_model(model, train, validation, config)
+    history = train_model(model, train, config, validation)
     save_checkpoint(path, model, identity, history)
     print(f"trained {config.epochs} epochs in {history['seconds'].iloc[-1]:.0f} s; saved {path}")
     return history
@@ -1566,6 +1572,140 @@ def removal_effect(
         with torch.no_grad():
             losses.append(float(F.cross_entropy(model(test_features.double()), test_labels)))
     return losses[1] - losses[0]
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Experiments: training again, many times, and never twice                                                     ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+Training = tuple[NDArray[np.int64], int]
+"""What one retraining is made of: the indices of the training images kept, and the seed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Retrainings:
+    """What t models, trained one after the other, say of m test images.
+
+    margins (t, m) float16: −log(p_y / (1 − p_y)) as in `margin_measure`, from which the loss follows exactly;
+    correct (t, m): whether the class with the largest logit is the right one. Lower margin = surer and right.
+    """
+
+    margins: NDArray[np.float16]
+    correct: NDArray[np.bool_]
+
+    @property
+    def losses(self) -> NDArray[np.float32]:
+        """(t, m) cross-entropy in nats, log(1 + exp(margin))."""
+        return np.logaddexp(np.float32(0), self.margins.astype(np.float32))
+
+    def rows(self, chosen: Any) -> Retrainings:
+        """The trainings at `chosen` (a slice or indices) only."""
+        return Retrainings(self.margins[chosen], self.correct[chosen])
+
+
+def balanced_subset(labels: Tensor, per_class: int, seed: int = 0) -> NDArray[np.int64]:
+    """Sorted indices of `per_class` random images of each class; ValueError when a class has fewer."""
+    generator = np.random.default_rng(seed)
+    members = [np.flatnonzero(labels.numpy() == label) for label in labels.unique().tolist()]
+    if not 1 <= per_class <= min(map(len, members)):
+        raise ValueError(f"per_class must lie in 1..{min(map(len, members))}, the smallest class, not {per_class}")
+    return np.sort(np.concatenate([generator.choice(member, per_class, replace=False) for member in members]))
+
+
+def random_halves(n: int, count: int, seed: int = 0) -> NDArray[np.bool_]:
+    """(count, n) masks, each keeping a random n // 2 of n images."""
+    generator = np.random.default_rng(seed)
+    masks = np.zeros((count, n), dtype=np.bool_)
+    for mask in masks:
+        mask[generator.choice(n, n // 2, replace=False)] = True
+    return masks
+
+
+def train_once(train: ImageData, config: TrainConfig, kept: NDArray[np.int64] | None = None) -> Net:
+    """A new `Net` trained on the images `kept` (default: all), on one thread of the CPU or on the GPU, silently.
+
+    One thread: many small trainings at once use the cores better than one training on all cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seed_everything(config.seed)
+        model = Net().to(pick_device())
+        train_model(model, train if kept is None else train.subset(kept), config)
+        return model
+    finally:
+        torch.set_num_threads(threads)
+
+
+def retrain(
+    train: ImageData,
+    test: ImageData,
+    plan: Sequence[Training],
+    config: TrainConfig,
+    path: str | Path,
+    jobs: int = -1,
+) -> Retrainings:
+    """Train `Net` once for each entry of `plan` and ask it about every image of `test`; the cache at `path` helps.
+
+    Every finished training is written to `path` at once, under a key made of the data, the configuration, the images
+    kept and the seed: a run that was killed goes on where it stopped, and nothing made otherwise is ever used. A
+    damaged cache is reported, kept aside and computed again. `jobs` trainings run at a time through joblib (−1: one
+    a core), so that a joblib backend (Dask, Ray) spreads them over a cluster. Bit for bit the same in any order.
+    """
+    keys = [_training_key(train, test, config, training) for training in plan]
+    done = _read_retrainings(Path(path))
+    left = {key: training for key, training in zip(keys, plan) if key not in done}
+    tasks = (joblib.delayed(_train_and_ask)(train, test, config, key, *left[key]) for key in left)
+    finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+    for key, margins, correct in tqdm(finished, "retraining", len(left), leave=False, unit="model", disable=not left):
+        done[key] = (margins, correct)
+        _write_retrainings(path, done)
+    chosen = {key: done[key] for key in keys}
+    if left:
+        _write_retrainings(path, chosen)  # in the order of the plan, whatever finished first
+    return Retrainings(*(np.stack(parts) for parts in zip(*(chosen[key] for key in keys))))
+
+
+def _training_key(train: ImageData, test: ImageData, config: TrainConfig, training: Training) -> str:
+    """Name of one training: the same for the same data, configuration, images kept and seed only."""
+    kept, seed = training
+    about = {**asdict(dataclasses.replace(config, seed=seed)), "train": train.fingerprint, "test": test.fingerprint}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    digest.update(np.sort(kept).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _train_and_ask(
+    train: ImageData, test: ImageData, config: TrainConfig, key: str, kept: NDArray[np.int64], seed: int
+) -> tuple[str, NDArray[np.float16], NDArray[np.bool_]]:
+    """One training; its key, and the margins (m,) and the right answers (m,) on `test`."""
+    result = evaluate(train_once(train, dataclasses.replace(config, seed=seed), np.sort(kept)), test)
+    margins = margin_measure(result.logits, result.labels).numpy().astype(np.float16)
+    return key, margins, (result.predictions == result.labels).numpy()
+
+
+def _write_retrainings(path: str | Path, done: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
+    keys, margins, correct = list(done), *(np.stack(parts) for parts in zip(*done.values()))
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, keys=np.array(keys), margins=margins, correct=np.packbits(correct, axis=1))
+
+
+def _read_retrainings(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """key → (margins, correct) of what is finished; a damaged file is reported and renamed, never trusted."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys, margins = file["keys"].tolist(), file["margins"]
+            correct = np.unpackbits(file["correct"], axis=1, count=margins.shape[1]).astype(np.bool_)
+        if not len(keys) == len(margins) == len(correct):
+            raise ValueError("its parts differ in length")
+        return dict(zip(keys, zip(margins, correct)))
+    except Exception as error:  # zipfile, zlib and numpy each have their own ways to say "damaged"
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        print(f"{path} is damaged ({error}); kept as {aside.name}, and every training in it is done again")
+        return {}
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗

@@ -314,7 +314,7 @@ def digits_net():
     train, test = ns.load_data("digits")
     ns.seed_everything(0)
     model = ns.Net()
-    ns.train_model(model, train.subset(range(300)), test.subset(range(50)), ns.TrainConfig(epochs=2, batch_size=32))
+    ns.train_model(model, train.subset(range(300)), ns.TrainConfig(epochs=2, batch_size=32))
     return model, train.subset(range(300)), test.subset(range(50))
 
 
