@@ -54,7 +54,7 @@ from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, Rectangle
 from numpy.typing import NDArray
 from pytorch_influence_functions import calc_influence_function as package
 from safetensors import SafetensorError, safe_open
@@ -722,6 +722,17 @@ class Evaluation:
 def evaluate(model: nn.Module, data: ImageData) -> Evaluation:
     """Run `model` (in eval mode, put back afterwards) over `data`."""
     return Evaluation(predict(model, data), data.labels, data.class_names)
+
+
+def penultimate_features(model: Net, data: ImageData) -> Tensor:
+    """(n, 84) what the last layer of `Net` is given for each image, on the CPU."""
+    inputs: list[Tensor] = []
+    hook = model.fc3.register_forward_hook(lambda _, given, __: inputs.append(given[0].cpu()))
+    try:
+        predict(model, data)
+    finally:
+        hook.remove()
+    return torch.cat(inputs)
 
 
 def choose_test_images(result: Evaluation, wrong: int = 2) -> list[int]:
@@ -2069,23 +2080,55 @@ def plot_label_influence(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def plot_influential(
-    influences: Influences, i: int, train: ImageData, test: ImageData, says: str, k: int = 5
+    influences: Influences, i: int, images: tuple[ImageData, ImageData], says: str, counts: pd.DataFrame | None = None
 ) -> Figure:
-    """Test image i at the left (with what the model `says`), its k most helpful and k most harmful at the right."""
-    figure = plt.figure(figsize=(7, 3.1))
+    """Test image i at the left (with what the model `says`), its 5 most helpful and 5 most harmful at the right.
+
+    images: (train, test). counts: of `count_top_images`; then each title ends with the share of the models that have
+    the image in their top 10, and an image that fewer than half of them have is framed with dashes: unstable.
+    """
+    (train, test), k = images, 5
+    figure = plt.figure(figsize=(7, 3.4))
     grid = figure.add_gridspec(2, k + 1, width_ratios=[1.7] + [1] * k)
     index = int(influences.test_indices[i])
     left = show_image(figure.add_subplot(grid[:, 0]), test.images[index])
     left.set_title(f"test image {index}\nlabel: {test.class_of(index)}\nmodel: {says}", fontsize=8)
-    helpful, harmful = influences.helpful(i, k), influences.harmful(i, k)
-    rows = ((helpful, "most helpful", HELPFUL_COLOUR), (harmful, "most harmful", HARMFUL_COLOUR))
-    for row, (chosen, name, colour) in enumerate(rows):
+    rows = (
+        ("helpful", influences.helpful(i, k), HELPFUL_COLOUR),
+        ("harmful", influences.harmful(i, k), HARMFUL_COLOUR),
+    )
+    for row, (kind, chosen, colour) in enumerate(rows):
+        shares = None if counts is None else stability_of(counts, index, kind)
         for column, j in enumerate(chosen):
             title = f"{influences.scores[i, j]:+.2g}\n{train.class_of(j)}\n#{j}"
             ax = show_image(figure.add_subplot(grid[row, column + 1]), train.images[j], title, colour)
+            if shares is not None:
+                _show_stability(ax, shares.get(int(j), 0.0), colour)
             if column == 0:
-                ax.text(-0.12, 0.5, name, rotation=90, ha="right", va="center", transform=ax.transAxes, color=colour)
+                ax.text(
+                    -0.12,
+                    0.5,
+                    f"most {kind}",
+                    rotation=90,
+                    ha="right",
+                    va="center",
+                    transform=ax.transAxes,
+                    color=colour,
+                )
     return figure
+
+
+def _show_stability(ax: Axes, share: float, colour: str) -> None:
+    """Write below an image in what share of other models it is found; a dashed frame marks fewer than half."""
+    unstable = share < 0.5
+    ax.text(
+        0.5, -0.06, f"found by {share:.0%}", ha="center", va="top", transform=ax.transAxes, fontsize=7,
+        color="#555555" if unstable else "black", style="italic" if unstable else "normal",
+    )  # fmt: skip
+    if unstable:
+        frame = Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, linestyle="--", linewidth=2.5)
+        frame.set(edgecolor=colour, clip_on=False)
+        ax.add_patch(frame)
 
 
 def plot_image_row(
@@ -2172,6 +2215,54 @@ def plot_torched_pie(ax: Axes, shares: Mapping[str, float], seed: int = 0) -> Ax
     return ax
 
 
+def plot_predicted_actual(ax: Axes, groups: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Axes:
+    """Scatter of (predicted, actual) changes of a loss, one colour a group, with the line where both are equal."""
+    for (name, (predicted, actual)), colour in zip(groups.items(), (HELPFUL_COLOUR, HARMFUL_COLOUR, "#777777")):
+        ax.scatter(predicted, actual, s=10, color=colour, alpha=0.6, linewidths=0, label=name)
+    values = np.concatenate([np.concatenate(pair) for pair in groups.values()])
+    ends = [values.min(), values.max()]
+    ax.plot(ends, ends, color="black", linewidth=0.8, label="equal", zorder=0)
+    ax.set(xlabel="predicted change of the loss (nats)", ylabel="actual change (nats)")
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def plot_removals(ax: Axes, outcomes: pd.DataFrame, noise: float) -> Axes:
+    """Mean change of one test image's loss against the number k of images removed, with ± 2 standard errors.
+
+    outcomes: columns kind ("helpful", "harmful", "random"), k, change, a row each retraining; noise: the standard
+    error of as many retrainings from which nothing was removed, drawn as a grey band of ± 2.
+    """
+    ax.axhspan(-2 * noise, 2 * noise, color="#DDDDDD", label="seed noise, nothing removed")
+    colours = {"helpful": HELPFUL_COLOUR, "harmful": HARMFUL_COLOUR, "random": "#555555"}
+    for kind, colour in colours.items():
+        groups = outcomes[outcomes["kind"] == kind].groupby("k")["change"]
+        error = 2 * groups.std() / groups.size() ** 0.5
+        ax.errorbar(
+            error.index,
+            groups.mean(),
+            error,
+            color=colour,
+            marker="o",
+            markersize=3,
+            capsize=2,
+            label=f"{kind} removed",
+        )
+    ax.set_xscale("log")
+    ax.set_xticks(error.index, [str(k) for k in error.index])
+    ax.minorticks_off()
+    return ax
+
+
+def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS], label: str, colour: str) -> Axes:
+    """A line of linear datamodeling scores with their 95 % intervals as a band."""
+    ax.plot(x, [score.mean for score in scores], color=colour, marker="o", markersize=3, label=label)
+    ax.fill_between(
+        x, [score.low for score in scores], [score.high for score in scores], color=colour, alpha=0.2, linewidth=0
+    )
+    return ax
+
+
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ Results on disk                                                                                              ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
@@ -2195,3 +2286,27 @@ def record_results(path: str | Path, chapter: str, values: Mapping[str, Any]) ->
     results = {**read_results(path), chapter: dict(values)}
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(results, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_table(path: str | Path, table: pd.DataFrame, made_for: str = "") -> None:
+    """Write `table` as CSV below a comment line that says what it was made for."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"# {made_for}\n{table.to_csv(index=False)}", encoding="utf-8")
+
+
+def read_or_make_table(path: str | Path, make: Callable[[], pd.DataFrame], made_for: str) -> pd.DataFrame:
+    """The CSV that `write_table` left at `path` for this very purpose, else what `make()` returns, written there.
+
+    A damaged file is reported, kept aside and made again.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            about, _, rest = path.read_text(encoding="utf-8").partition("\n")
+            if about == f"# {made_for}":
+                return pd.read_csv(io.StringIO(rest))
+        except ValueError as error:  # undecodable text and unreadable tables alike
+            _set_aside(path, error)
+    table = make()
+    write_table(path, table, made_for)
+    return table
