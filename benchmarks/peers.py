@@ -64,7 +64,7 @@ def gradient_product(models: Models, train: ns.ImageData) -> Score:
 
 
 def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> Score:
-    """EK-FAC (the default strategy) on all Conv2d and Linear layers, true Fisher; "margin" as in its CIFAR-10 example."""
+    """EK-FAC (the default strategy) on all Conv2d and Linear layers, true Fisher; "margin": as its CIFAR-10 example."""
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -100,7 +100,11 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
 
 
 def dattri_task(models: Models, margin: bool = False) -> Any:
-    """Its task: loss and model in the style of torch.func; TRAK wants the margin of one image at a time instead."""
+    """Its task: loss and model in the style of torch.func; TRAK wants the margin of one image at a time instead.
+
+    Its attributors are called under `torch.no_grad()`, which torch.func does not mind, as its TRAK example does: else
+    autograd records every product with the Hessian, and 100 of them on 100 images take 10 GB.
+    """
     from dattri.task import AttributionTask
 
     model = copy.deepcopy(models[0][0]).eval()
@@ -116,7 +120,7 @@ def dattri_task(models: Models, margin: bool = False) -> Any:
     return AttributionTask(loss_func=log_odds if margin else loss, model=model, checkpoints=weights)
 
 
-def dattri_cg(models: Models, train: ns.ImageData, hessian_images: int = 5000, block: int = 5) -> Score:
+def dattri_cg(models: Models, train: ns.ImageData, hessian_images: int = 5000, block: int = 4) -> Score:
     """`IFAttributorCG`, 10 iterations (its default) on the Hessian of the first `hessian_images` in one batch.
 
     One batch because it sums the inverses of the batches, not the Hessians; and the training set in one batch because
@@ -128,22 +132,28 @@ def dattri_cg(models: Models, train: ns.ImageData, hessian_images: int = 5000, b
 
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
         attributor = IFAttributorCG(dattri_task(models), regularization=damping or 0.0)
-        attributor.cache(as_loader(part, len(part)))
-        return attributor.attribute(whole, as_loader(test, block)).detach().T.numpy()
+        with torch.no_grad():  # see dattri_task
+            attributor.cache(as_loader(part, len(part)))
+            return attributor.attribute(whole, as_loader(test, block)).T.numpy()
 
     return score
 
 
-def dattri_arnoldi(models: Models, train: ns.ImageData, hessian_images: int = 5000) -> Score:
-    """`IFAttributorArnoldi`, 100 dimensions and iterations (its defaults), Hessian of the first `hessian_images`."""
+def dattri_arnoldi(models: Models, train: ns.ImageData, hessian_images: int = 5000, dimensions: int = 50) -> Score:
+    """`IFAttributorArnoldi`, 100 iterations (its default) on the Hessian of the first `hessian_images`.
+
+    It takes the square roots of the eigenvalues of its `dimensions` (default: 100), so that a single negative one makes
+    every score NaN, although it warns and means to leave such ones out: fewer dimensions are the way around.
+    """
     from dattri.algorithm import IFAttributorArnoldi
 
     part = train.subset(range(min(hessian_images, len(train))))
 
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
-        attributor = IFAttributorArnoldi(dattri_task(models), regularization=damping or 0.0)
-        attributor.cache(as_loader(part, len(part)))
-        return attributor.attribute(as_loader(train, 1000), as_loader(test, 1000)).detach().T.numpy()
+        attributor = IFAttributorArnoldi(dattri_task(models), proj_dim=dimensions, regularization=damping or 0.0)
+        with torch.no_grad():  # see dattri_task
+            attributor.cache(as_loader(part, len(part)))
+            return attributor.attribute(as_loader(train, len(train)), as_loader(test, len(test))).T.numpy()
 
     return score
 
@@ -157,7 +167,8 @@ def dattri_ekfac(models: Models, train: ns.ImageData) -> Score:
 
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
         attributor.damping = damping or 0.0
-        return attributor.attribute(as_loader(train, len(train)), as_loader(test, 1000)).detach().T.numpy()
+        with torch.no_grad():  # see dattri_task
+            return attributor.attribute(as_loader(train, len(train)), as_loader(test, 1000)).T.numpy()
 
     return score
 
@@ -177,7 +188,7 @@ def dattri_trak(models: Models, train: ns.ImageData, dimension: int = 2048) -> S
             dattri_task(models, margin=True), probability, projector, regularization=damping or 0.0
         )
         with torch.no_grad():
-            attributor.cache(as_loader(train, 1000))
+            attributor.cache(as_loader(train, 2500))  # large: it draws its random matrix anew for every batch
             return attributor.attribute(as_loader(test, 1000)).T.numpy()
 
     return score
