@@ -98,6 +98,8 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
 
 # ── dattri ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+DATTRI_BATCH = 2500  # fastest here: test gradients, and TRAK's random matrix, are made anew for every training batch
+
 
 def dattri_task(models: Models, margin: bool = False) -> Any:
     """Its task: loss and model in the style of torch.func; TRAK wants the margin of one image at a time instead.
@@ -153,7 +155,7 @@ def dattri_arnoldi(models: Models, train: ns.ImageData, hessian_images: int = 50
         attributor = IFAttributorArnoldi(dattri_task(models), proj_dim=dimensions, regularization=damping or 0.0)
         with torch.no_grad():  # see dattri_task
             attributor.cache(as_loader(part, len(part)))
-            return attributor.attribute(as_loader(train, len(train)), as_loader(test, len(test))).T.numpy()
+            return attributor.attribute(as_loader(train, DATTRI_BATCH), as_loader(test, 1000)).T.numpy()
 
     return score
 
@@ -168,7 +170,7 @@ def dattri_ekfac(models: Models, train: ns.ImageData) -> Score:
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
         attributor.damping = damping or 0.0
         with torch.no_grad():  # see dattri_task
-            return attributor.attribute(as_loader(train, len(train)), as_loader(test, 1000)).T.numpy()
+            return attributor.attribute(as_loader(train, DATTRI_BATCH), as_loader(test, 1000)).T.numpy()
 
     return score
 
@@ -188,7 +190,7 @@ def dattri_trak(models: Models, train: ns.ImageData, dimension: int = 2048) -> S
             dattri_task(models, margin=True), probability, projector, regularization=damping or 0.0
         )
         with torch.no_grad():
-            attributor.cache(as_loader(train, 2500))  # large: it draws its random matrix anew for every batch
+            attributor.cache(as_loader(train, DATTRI_BATCH))
             return attributor.attribute(as_loader(test, 1000)).T.numpy()
 
     return score
