@@ -22,7 +22,7 @@ import notebook_support as ns
 
 Score = Callable[[ns.ImageData, float | None], NDArray[np.float32]]
 Models = Sequence[tuple[nn.Module, float]]
-"""(model, learning rate of the step that led to it): the rate is what TracIn weighs its checkpoints with."""
+"""(model, weight): for checkpoints of one training, TracIn's weight is the learning rate; for others it is 1."""
 
 
 def as_dataset(data: ns.ImageData) -> TensorDataset:
@@ -38,14 +38,13 @@ def as_loader(data: ns.ImageData, batch_size: int) -> DataLoader[Any]:
 # ── ours ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ours(models: Models, train: ns.ImageData, samples: int = 2000, measure: str = "loss") -> Score:
-    """`compute_influences` with the default solver; the mean of the scores where there are several models."""
+def ours(models: Models, train: ns.ImageData, **options: Any) -> Score:
+    """`compute_influences` with its defaults but for `options`; the mean of the scores of several models."""
 
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
         total = np.zeros((len(test), len(train)), dtype=np.float32)
         for model, _ in models:
-            found = ns.compute_influences(model, train, test, samples=samples, damping=damping, measure=measure)
-            total += found.scores / len(models)
+            total += ns.compute_influences(model, train, test, damping=damping, **options).scores / len(models)
         return total
 
     return score
@@ -55,7 +54,7 @@ def gradient_product(models: Models, train: ns.ImageData) -> Score:
     """The baseline without any curvature: `solver="identity"`, for which damping is a mere factor."""
 
     def score(test: ns.ImageData, _: float | None) -> NDArray[np.float32]:
-        return ns.compute_influences(models[0][0], train, test, solver="identity").scores
+        return ns.compute_influences(models[0][0], train, test, solver="identity", measure="loss").scores
 
     return score
 
@@ -244,19 +243,15 @@ def pydvl_nystroem(models: Models, train: ns.ImageData, rank: int = 10) -> Score
 # ── captum and pytorch_influence_functions ──────────────────────────────────────────────────────────────────────────
 
 
-def captum_tracin(models: Models, train: ns.ImageData, weighted: bool = True) -> Score:
-    """`TracInCP`; the value is how many of the checkpoints it gets, evenly spread and ending with the last.
-
-    `weighted`: by their learning rates, as checkpoints of one training should be; models of different trainings count
-    alike.
-    """
+def captum_tracin(models: Models, train: ns.ImageData) -> Score:
+    """`TracInCP`, weighted by learning rates; the value: how many checkpoints, evenly spread, with the last."""
     from captum.influence import TracInCP
 
     model = copy.deepcopy(models[-1][0]).eval()
 
     def load(target: nn.Module, checkpoint: tuple[nn.Module, float]) -> float:
         target.load_state_dict(checkpoint[0].state_dict())
-        return checkpoint[1] if weighted else 1.0
+        return checkpoint[1]
 
     def score(test: ns.ImageData, count: float | None) -> NDArray[np.float32]:
         step = max(len(models) // int(count or len(models)), 1)

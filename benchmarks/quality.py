@@ -34,7 +34,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import joblib
 import numpy as np
 import pandas as pd
 import peers
@@ -50,7 +49,8 @@ TUNING_IMAGES = 200  # the first ones
 SEEDS, CHECKPOINTS = 10, 8
 FOLDER = ns.run_mode().data / "quality"
 TRUTH = ns.run_mode().data / "retraining-halves.npz"
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # the mean of the curvature's non-zero eigenvalues is about 0.3 here
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+OURS = (None, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # the default is about 1 for the margin, 0.3 for the loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +84,10 @@ DATTRI, PYDVL = "dattri.algorithm", "pydvl.influence.torch"
 HESSIAN = {"hessian_images": 1000}
 SLOW = 12
 METHODS = (
-    Method("ours", "ours", values=(None, *DAMPINGS), note="kernel, 2,000 sampled images: the default"),
-    Method("ours, fast", "ours", options={"samples": 500}, values=(None, *DAMPINGS), note="500 sampled images"),
+    Method("ours", "ours", values=OURS, note="the default: kernel, margin, 2,000 sampled images"),
+    Method("ours, fast", "ours", options={"samples": 500}, values=OURS, note="500 sampled images"),
     Method("ours, all images", "ours", options={"samples": 5000}, like="ours", note="curvature of all 5,000"),
-    Method("ours, margin", "ours", options={"measure": "margin"}, values=(None, *DAMPINGS), note="measure='margin'"),
+    Method("ours, loss", "ours", options={"measure": "loss"}, values=OURS, note="measure='loss'"),
     Method("gradient product", "gradient_product", note="no curvature: what every method must beat"),
     Method("kronfluence EK-FAC", "kronfluence", "kronfluence.analyzer", values=(None, 1e-8, *DAMPINGS[:4])),
     Method(
@@ -148,8 +148,7 @@ METHODS = (
         "captum TracInCP, 5 models",
         "captum_tracin",
         "captum.influence",
-        {"weighted": False},
-        (5,),
+        values=(5,),
         models=5,
         note="the five final models",
     ),
@@ -187,29 +186,33 @@ def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     return masks, losses.reshape(REPEATS, HALVES, -1)
 
 
-def checkpoint_file(seed: int, epoch: int) -> Path:
-    """Where the weights after `epoch` epochs are kept."""
-    return ns.run_mode().data / "models" / f"quality-{seed}-{epoch:02d}.safetensors"
+def checkpoint_file(epoch: int) -> Path:
+    """Where the first training's weights after `epoch` epochs are kept."""
+    return ns.run_mode().data / "models" / f"quality-epoch-{epoch:02d}.safetensors"
 
 
-def train_and_keep(small: ns.ImageData, seed: int) -> None:
-    """Train as `ns.train_once` does and keep the weights at `CHECKPOINTS` epochs, with the learning rate of the step.
+def kept_epochs() -> list[int]:
+    """The epochs after which weights are kept: evenly spread, ending with the last."""
+    return sorted({max(round(EPOCHS * (part + 1) / CHECKPOINTS), 1) for part in range(CHECKPOINTS)})
+
+
+def keep_checkpoints(small: ns.ImageData) -> None:
+    """Repeat the first training and keep its weights at several epochs, with the learning rate of the last step.
 
     A hook that torch calls after every step leaves the training itself as it is.
     """
-    config, steps = ns.TrainConfig(seed=seed, epochs=EPOCHS), 0
+    config, steps = ns.TrainConfig(epochs=EPOCHS), 0
     per_epoch = -(-len(small) // config.batch_size)
-    identity = {"train": small.fingerprint, **dataclasses.asdict(config)}
 
     def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         nonlocal steps
         steps += 1
         if steps % per_epoch == 0 and steps // per_epoch in kept_epochs():
-            model, epoch = ns.Net(), steps // per_epoch
-            names, values = [name for name, _ in model.named_parameters()], optimizer.param_groups[0]["params"]
-            model.load_state_dict({name: value.detach().clone() for name, value in zip(names, values)})
-            rate = {"learning_rate": optimizer.param_groups[0]["lr"]}
-            ns.save_checkpoint(checkpoint_file(seed, epoch), model, identity | rate, pd.DataFrame())
+            model, group = ns.Net(), optimizer.param_groups[0]
+            names = [name for name, _ in model.named_parameters()]
+            model.load_state_dict({name: value.detach().clone() for name, value in zip(names, group["params"])})
+            about = {"train": small.fingerprint, **dataclasses.asdict(config), "learning_rate": group["lr"]}
+            ns.save_checkpoint(checkpoint_file(steps // per_epoch), model, about, pd.DataFrame())
 
     handle = register_optimizer_step_post_hook(keep)
     try:
@@ -218,29 +221,26 @@ def train_and_keep(small: ns.ImageData, seed: int) -> None:
         handle.remove()
 
 
-def kept_epochs() -> list[int]:
-    """The epochs after which weights are kept: evenly spread, ending with the last."""
-    return sorted({max(round(EPOCHS * (part + 1) / CHECKPOINTS), 1) for part in range(CHECKPOINTS)})
-
-
 def load_models(small: ns.ImageData, count: int) -> peers.Models:
-    """`count` models of different seeds, or, for 0, the checkpoints of the first training, oldest first."""
-    wanted = [(seed, EPOCHS) for seed in range(count)] or [(0, epoch) for epoch in kept_epochs()]
-    models = []
-    for seed, epoch in wanted:
-        weights, identity, _ = ns.read_checkpoint(checkpoint_file(seed, epoch))
-        if identity["train"] != small.fingerprint:
-            raise SystemExit(f"{checkpoint_file(seed, epoch)} was trained on other data; delete it")
+    """`count` models of different seeds, all of weight 1, or, for 0, the checkpoints of the first, oldest first.
+
+    What is missing is trained: common to all methods, and never timed.
+    """
+    if count:
+        folder = ns.run_mode().data / "models"
+        models = ns.train_models(small, ns.TrainConfig(epochs=EPOCHS), range(count), folder)
+        return [(model.eval(), 1.0) for model in models]
+    if not all(checkpoint_file(epoch).exists() for epoch in kept_epochs()):
+        keep_checkpoints(small)
+    checkpoints: list[tuple[torch.nn.Module, float]] = []
+    for epoch in kept_epochs():
+        weights, about, _ = ns.read_checkpoint(checkpoint_file(epoch))
+        if about["train"] != small.fingerprint:
+            raise SystemExit(f"{checkpoint_file(epoch)} was trained on other data; delete it")
         model = ns.Net()
         model.load_state_dict(weights)
-        models.append((model.eval(), float(identity["learning_rate"])))
-    return models
-
-
-def train_models(small: ns.ImageData) -> None:
-    """The ten models, those that are not there yet, one a core; their training is common to all and not timed."""
-    left = [seed for seed in range(SEEDS) if not checkpoint_file(seed, EPOCHS).exists()]
-    joblib.Parallel(n_jobs=-1)(joblib.delayed(train_and_keep)(small, seed) for seed in left)
+        checkpoints.append((model.eval(), float(about["learning_rate"])))
+    return checkpoints
 
 
 # ── one method, in its own process ──────────────────────────────────────────────────────────────────────────────────
@@ -399,7 +399,8 @@ def machine() -> str:
 def main(only: list[str]) -> None:
     """Train what is missing, measure every method (or `only` those, and show what is kept), print and record."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    train_models(data()[0])
+    load_models(data()[0], SEEDS)
+    load_models(data()[0], 0)
     truth()  # complain now, not after half an hour
     chosen = [method for method in METHODS if not only or method.name in only or method.file.exists()]
     records = {method: in_own_process(method) for method in chosen}
