@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .bench-venv
 NOTEBOOKS := $(wildcard *.ipynb)
 
 .DEFAULT_GOAL := help
@@ -32,8 +33,14 @@ render: $(VENV)/.run  ## execute every committed notebook in place, in full, wit
 lab: $(VENV)/.run  ## open JupyterLab
 	$(BIN)/python -m jupyter lab
 
-bench: $(VENV)/.dev  ## measure speed against the package and against a plain forward and backward pass
+$(BENCH)/.run: requirements-bench.txt
+	test -x $(BENCH)/bin/python || "$(PYTHON)" -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
+bench: $(VENV)/.run $(BENCH)/.run  ## measure speed, and quality against the libraries one would pick instead
 	$(BIN)/python benchmarks/speed.py
+	$(BENCH)/bin/python benchmarks/quality.py
 
 lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over the module
 	$(BIN)/ruff check .

@@ -1,0 +1,429 @@
+"""How good are the scores, against the libraries a user would pick instead? One command, one table.
+
+    make bench                       # installs the libraries into .bench-venv, never into .venv, and runs this
+    python benchmarks/quality.py     # the same, in an environment that has them
+
+Same 5,000 training images, 1,000 test images, models and ground truth for all. The ground truth: 100 random halves of
+the training images, each trained on three times; `ns.linear_datamodeling_score` says how well the scores foretell
+which half leaves a test image with a low loss. Every method's damping (or other main value) is chosen by that same
+score, ours too, on the first test images only; what is then reported is for all test images.
+
+Each method runs in a process of its own, so that its peak memory is its own. Its time goes from data and models in
+memory to the finished matrix; imports and tuning are left out. What has been measured is kept in data/quality/, one
+record and one matrix a method: a run that was stopped goes on, and to measure again is to delete. A method that fails
+or runs out of time stays in the table, with the reason. INFLUENCE_FAST=1: tiny data and a made-up truth, to try it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import pandas as pd
+import peers
+import torch
+from numpy.typing import NDArray
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import notebook_support as ns
+
+FAST = ns.run_mode().fast
+PER_CLASS, TEST_IMAGES, HALVES, REPEATS, EPOCHS = (10, 12, 8, 2, 1) if FAST else (500, 1000, 100, 3, 16)
+TUNING_IMAGES = 200  # the first ones
+SEEDS, CHECKPOINTS = 10, 8
+FOLDER = ns.run_mode().data / "quality"
+TRUTH = ns.run_mode().data / "retraining-halves.npz"
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+OURS = (None, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # the default is about 1 for the margin, 0.3 for the loss
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One row of the table.
+
+    values    what is tried, None being the library's own default; one value: nothing to tune
+    models    how many trained models it gets, or 0: the checkpoints of the first training
+    images    test images, fewer than all where it is too slow: time is then scaled, the score is for those images
+    like      the method whose chosen value it takes over, in place of tuning
+    """
+
+    name: str
+    function: str
+    library: str = "notebook_support"
+    options: dict[str, Any] = field(default_factory=dict)
+    values: tuple[float | None, ...] = (None,)
+    models: int = 1
+    images: int = TEST_IMAGES
+    like: str = ""
+    limit_s: int = 900
+    note: str = ""
+
+    @property
+    def file(self) -> Path:
+        """Its record; the matrix lies beside it."""
+        return FOLDER / (re.sub(r"\W+", "-", self.name).strip("-").lower() + ".json")
+
+
+DATTRI, PYDVL = "dattri.algorithm", "pydvl.influence.torch"
+HESSIAN = {"hessian_images": 1000}
+SLOW = 12
+METHODS = (
+    Method("ours", "ours", values=OURS, note="the default: kernel, margin, 2,000 sampled images"),
+    Method("ours, fast", "ours", options={"samples": 500}, values=OURS, note="500 sampled images"),
+    Method("ours, all images", "ours", options={"samples": 5000}, like="ours", note="curvature of all 5,000"),
+    Method("ours, loss", "ours", options={"measure": "loss"}, values=OURS, note="measure='loss'"),
+    Method("gradient product", "gradient_product", note="no curvature: what every method must beat"),
+    Method("kronfluence EK-FAC", "kronfluence", "kronfluence.analyzer", values=(None, 1e-8, *DAMPINGS[:4])),
+    Method(
+        "kronfluence EK-FAC, margin",
+        "kronfluence",
+        "kronfluence.analyzer",
+        {"measure": "margin"},
+        (None, 1e-8, *DAMPINGS[:4]),
+        note="measured as in its CIFAR-10 example",
+    ),
+    Method("dattri EK-FAC", "dattri_ekfac", DATTRI, values=(0.0, *DAMPINGS), note="Linear layers only: its limit"),
+    Method(
+        "dattri Arnoldi",
+        "dattri_arnoldi",
+        DATTRI,
+        HESSIAN,
+        (0.0, 1e-1, 1.0, 10.0),
+        note="Hessian of 1,000 images; 50 dimensions, as 100 end in NaN",
+    ),
+    Method(
+        "dattri CG",
+        "dattri_cg",
+        DATTRI,
+        HESSIAN,
+        (1e-1, 1.0, 10.0, 100.0),
+        images=SLOW,
+        note="Hessian of 1,000 images",
+    ),
+    Method("dattri TRAK", "dattri_trak", DATTRI, values=(0.0, 1.0, 10.0, 100.0), note="dimension 2,048"),
+    Method("pyDVL Nyström, rank 10", "pydvl_nystroem", PYDVL, {"rank": 10}, DAMPINGS, note="rank of its documentation"),
+    Method("pyDVL Nyström, rank 50", "pydvl_nystroem", PYDVL, {"rank": 50}, DAMPINGS),
+    Method(
+        "pyDVL CG",
+        "pydvl_cg",
+        PYDVL,
+        HESSIAN,
+        (1e-1, 1.0, 10.0, 100.0),
+        images=SLOW,
+        note="Hessian of 1,000 images, at most 10 iterations",
+    ),
+    Method(
+        "captum TracInCP",
+        "captum_tracin",
+        "captum.influence",
+        values=(1, 2, 4, 8),
+        models=0,
+        note="tuned: number of checkpoints of one training",
+    ),
+    Method(
+        "pytorch_influence_functions",
+        "package",
+        images=3,
+        note="10 of its 5,000 recursions (they change nothing in 0.1.1), so its time is a lower bound; sign turned",
+    ),
+    Method("ours, 5 models", "ours", models=5, like="ours", note="mean of the scores"),
+    Method("dattri TRAK, 5 models", "dattri_trak", DATTRI, models=5, like="dattri TRAK", note="dimension 2,048"),
+    Method(
+        "captum TracInCP, 5 models",
+        "captum_tracin",
+        "captum.influence",
+        values=(5,),
+        models=5,
+        note="the five final models",
+    ),
+    Method("ours, 10 models", "ours", models=10, like="ours", note="mean of the scores"),
+    Method("dattri TRAK, 10 models", "dattri_trak", DATTRI, models=10, like="dattri TRAK", note="dimension 2,048"),
+)
+
+
+# ── the protocol ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def data() -> tuple[ns.ImageData, ns.ImageData]:
+    """The training subset, as many of each class, and the test images."""
+    train, test = ns.load_data()
+    return train.subset(ns.balanced_subset(train.labels, PER_CLASS)), test.subset(range(TEST_IMAGES))
+
+
+@cache
+def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """Masks (h, n) of the halves, and the loss (r, h, m) that each of the r trainings of each half ended with.
+
+    Only read, never made here: 300 trainings are another command's work.
+    """
+    small, asked = data()
+    masks = ns.random_halves(len(small), HALVES)
+    if FAST:
+        return masks, np.random.default_rng(0).random((REPEATS, HALVES, len(asked)), dtype=np.float32)
+    config, done = ns.TrainConfig(epochs=EPOCHS), ns._read_retrainings(TRUTH)
+    plan = [(np.flatnonzero(mask), 1000 + 100 * r + h) for r in range(REPEATS) for h, mask in enumerate(masks)]
+    missing = sum(ns._training_key(small, asked, config, training) not in done for training in plan)
+    if missing:
+        raise SystemExit(f"{missing} of {len(plan)} retrainings are missing in {TRUTH}: run the notebook that makes it")
+    losses = ns.retrain(small, asked, plan, config, TRUTH).losses
+    return masks, losses.reshape(REPEATS, HALVES, -1)
+
+
+def checkpoint_file(epoch: int) -> Path:
+    """Where the first training's weights after `epoch` epochs are kept."""
+    return ns.run_mode().data / "models" / f"quality-epoch-{epoch:02d}.safetensors"
+
+
+def kept_epochs() -> list[int]:
+    """The epochs after which weights are kept: evenly spread, ending with the last."""
+    return sorted({max(round(EPOCHS * (part + 1) / CHECKPOINTS), 1) for part in range(CHECKPOINTS)})
+
+
+def keep_checkpoints(small: ns.ImageData) -> None:
+    """Repeat the first training and keep its weights at several epochs, with the learning rate of the last step.
+
+    A hook that torch calls after every step leaves the training itself as it is.
+    """
+    config, steps = ns.TrainConfig(epochs=EPOCHS), 0
+    per_epoch = -(-len(small) // config.batch_size)
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps % per_epoch == 0 and steps // per_epoch in kept_epochs():
+            model, group = ns.Net(), optimizer.param_groups[0]
+            names = [name for name, _ in model.named_parameters()]
+            model.load_state_dict({name: value.detach().clone() for name, value in zip(names, group["params"])})
+            about = {"train": small.fingerprint, **dataclasses.asdict(config), "learning_rate": group["lr"]}
+            ns.save_checkpoint(checkpoint_file(steps // per_epoch), model, about, pd.DataFrame())
+
+    handle = register_optimizer_step_post_hook(keep)
+    try:
+        ns.train_once(small, config)
+    finally:
+        handle.remove()
+
+
+def load_models(small: ns.ImageData, count: int) -> peers.Models:
+    """`count` models of different seeds, all of weight 1, or, for 0, the checkpoints of the first, oldest first.
+
+    What is missing is trained: common to all methods, and never timed.
+    """
+    if count:
+        folder = ns.run_mode().data / "models"
+        models = ns.train_models(small, ns.TrainConfig(epochs=EPOCHS), range(count), folder)
+        return [(model.eval(), 1.0) for model in models]
+    if not all(checkpoint_file(epoch).exists() for epoch in kept_epochs()):
+        keep_checkpoints(small)
+    checkpoints: list[tuple[torch.nn.Module, float]] = []
+    for epoch in kept_epochs():
+        weights, about, _ = ns.read_checkpoint(checkpoint_file(epoch))
+        if about["train"] != small.fingerprint:
+            raise SystemExit(f"{checkpoint_file(epoch)} was trained on other data; delete it")
+        model = ns.Net()
+        model.load_state_dict(weights)
+        checkpoints.append((model.eval(), float(about["learning_rate"])))
+    return checkpoints
+
+
+# ── one method, in its own process ──────────────────────────────────────────────────────────────────────────────────
+
+
+def timed(score: peers.Score, test: ns.ImageData, value: float | None) -> tuple[NDArray[np.float32], float]:
+    """The matrix, checked, and the seconds it took."""
+    start = time.perf_counter()
+    scores = score(test, value)
+    seconds = time.perf_counter() - start
+    if not np.isfinite(scores).all():
+        raise ns.NonFiniteError("its scores are NaN or infinite")
+    return scores, seconds
+
+
+def tune(method: Method, score: peers.Score, part: ns.ImageData) -> tuple[float | None, dict[str, Any]]:
+    """The value of the best LDS on the test images in `part`, and what each of them scored (or why it did not)."""
+    if method.like:
+        return json.loads(by_name(method.like).file.read_text())["value"], {}
+    if len(method.values) == 1:
+        return method.values[0], {}
+    found: dict[float | None, float] = {}
+    tried: dict[str, Any] = {}
+    for value in method.values:
+        try:
+            found[value] = lds(timed(score, part, value)[0]).mean
+            tried[str(value)] = round(found[value], 4)
+        except Exception as error:  # whatever a library raises is reported: its other values may still work
+            tried[str(value)] = f"{type(error).__name__}: {error}"[:200]
+    if not found:
+        raise RuntimeError(f"no value works: {next(iter(tried.values()))}")
+    return max(found, key=lambda value: found[value]), tried
+
+
+def lds(scores: NDArray[np.float32]) -> ns.LDS:
+    """LDS of a matrix for the first test images, as many as it has rows, against the mean of the repeated trainings."""
+    masks, losses = truth()
+    return ns.linear_datamodeling_score(scores, masks, losses.mean(0)[:, : len(scores)])
+
+
+def measure(method: Method) -> dict[str, Any]:
+    """Prepare, tune, score all its test images; scores to the disk, the figures as plain values."""
+    importlib.import_module(method.library)
+    small, asked = data()
+    models, base = load_models(small, method.models), peak()
+    start = time.perf_counter()
+    score = getattr(peers, method.function)(models, small, **method.options)
+    prepared = time.perf_counter() - start
+    images = min(method.images, len(asked))
+    value, tried = tune(method, score, asked.subset(range(min(TUNING_IMAGES, images))))
+    scores, seconds = timed(score, asked.subset(range(images)), value)
+    if images < len(asked):  # time has a fixed part, which scaling must leave alone
+        fewer = images // 3
+        base = timed(score, asked.subset(range(fewer)), value)[1]
+        seconds = base + (seconds - base) / (images - fewer) * (len(asked) - fewer)
+    with ns.atomic_path(method.file.with_suffix(".npy")) as temporary:
+        np.save(temporary, scores)
+    figures = {"value": value, "tried": tried, "seconds": prepared + seconds, "images": images}
+    return figures | {"base": base, "peak": peak()}
+
+
+def peak() -> float:
+    """The most memory this process has held so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def in_own_process(method: Method) -> dict[str, Any]:
+    """The record of a method: the one that is kept, or that of a new process, which is then kept."""
+    if method.file.exists():
+        return json.loads(method.file.read_text())
+    print(f"{time.strftime('%H:%M:%S')} {method.name}", file=sys.stderr, flush=True)
+    log = method.file.with_suffix(".log")
+    start = time.perf_counter()
+    try:
+        with log.open("w") as file:
+            command = [sys.executable, __file__, "--method", method.name]
+            subprocess.run(command, stdout=file, stderr=file, timeout=method.limit_s, check=True)
+        record = json.loads(log.read_text().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        record = {"reason": f"not finished within {method.limit_s} s, tuning included"}
+    except subprocess.CalledProcessError as error:
+        last = (log.read_text().splitlines() or [f"exit code {error.returncode}"])[-1]
+        record = {"reason": last[:300] if error.returncode > 0 else f"ended by signal {-error.returncode}"}
+    record["whole_seconds"] = round(time.perf_counter() - start, 1)
+    with ns.atomic_path(method.file) as temporary:
+        temporary.write_text(json.dumps(record, indent=2))
+    return record
+
+
+# ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_name(name: str) -> Method:
+    """The row called `name`."""
+    return next(method for method in METHODS if method.name == name)
+
+
+def opponent(method: Method) -> Method:
+    """Our row that a library's row is held against: the one with as many models."""
+    return by_name({5: "ours, 5 models", 10: "ours, 10 models"}.get(method.models, "ours"))
+
+
+def row(method: Method, record: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one method, and how far ours is ahead on the same test images, with 95 % intervals."""
+    about = {"method": method.name, "models": method.models or f"1 ({CHECKPOINTS} checkpoints)", "note": method.note}
+    if reason := record.get("reason"):
+        return {**about, "reason": reason}
+    result = lds(np.load(method.file.with_suffix(".npy")))
+    figures = {"lds": result.mean, "low": result.low, "high": result.high}
+    if method.function != "ours":
+        rival = lds(np.load(opponent(method).file.with_suffix(".npy"))[: record["images"]])
+        figures |= dict(zip(("ahead", "ahead_low", "ahead_high"), rival.minus(result)))
+    rounded = {key: round(value, 3) for key, value in figures.items()}
+    kept = {key: record[key] for key in ("value", "tried", "images", "whole_seconds")}
+    numbers = [value for value in method.values if value is not None]
+    kept["edge"] = bool(record["tried"]) and record["value"] in (min(numbers), max(numbers))
+    return {**about, **rounded, **kept, "seconds": round(record["seconds"], 1), "peak_gb": round(record["peak"], 2)}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown, best first; what failed last."""
+    print("| method | models | LDS [95 %] | ours − it [95 %] | seconds | peak GB | value | remarks |")
+    print("|---|---|---|---|---|---|---|---|")
+    for line in sorted(rows, key=lambda line: -line.get("lds", -1)):
+        if "reason" in line:
+            print(f"| {line['method']} | {line['models']} | – | – | – | – | – | {line['reason']} |")
+            continue
+        score = f"{line['lds']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+        ahead = ""
+        if "ahead" in line:
+            ahead = f"{line['ahead']:+.3f} [{line['ahead_low']:+.3f}, {line['ahead_high']:+.3f}]"
+        part = "" if line["images"] == TEST_IMAGES else f"first {line['images']} test images only, time scaled"
+        edge = "best value at an end of its grid" if line["edge"] else ""
+        remarks = "; ".join(filter(None, (line["note"], part, edge)))
+        figures = (f"{line['seconds']:,.1f}", line["peak_gb"], line["value"], remarks)
+        print("| " + " | ".join(map(str, (line["method"], line["models"], score, ahead, *figures))) + " |")
+
+
+def best_within(rows: list[dict[str, Any]], budget: float, own: bool) -> str:
+    """The best method of one side that needs at most `budget` seconds."""
+    fitting = [
+        line
+        for line in rows
+        if "lds" in line and line["seconds"] <= budget and (by_name(line["method"]).function == "ours") == own
+    ]
+    best = max(fitting, key=lambda line: line["lds"], default=None)
+    return f"{best['lds']:.3f} ({best['method']}, {best['seconds']:.0f} s)" if best else "nothing"
+
+
+def machine() -> str:
+    """Cores and versions, for whoever compares."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{cores} CPU cores, torch {torch.__version__} on {threads} threads, Python {platform.python_version()}"
+
+
+def main(only: list[str]) -> None:
+    """Train what is missing, measure every method (or `only` those, and show what is kept), print and record."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    load_models(data()[0], SEEDS)
+    load_models(data()[0], 0)
+    truth()  # complain now, not after half an hour
+    chosen = [method for method in METHODS if not only or method.name in only or method.file.exists()]
+    records = {method: in_own_process(method) for method in chosen}
+    rows = [row(method, record) for method, record in records.items()]
+    agreement, ceiling = ns.noise_ceiling(truth()[1])
+    print(f"\n{machine()}; {len(data()[0]):,} training and {TEST_IMAGES:,} test images")
+    print(f"No scores can pass an LDS of {ceiling:.3f} here: two trainings of one half agree to {agreement:.3f} only.")
+    base = max(record.get("base", 0) for record in records.values())
+    print(f"Peak memory is that of the whole process; imports, data and models alone take up to {base:.2f} GB of it.")
+    print("Every value was chosen by the LDS on the first test images, ours too. Ours − it: on the same images.\n")
+    print_table(rows)
+    print("\n| time budget | best of ours | best of the others |\n|---|---|---|")
+    for budget in (10, 30, 60, 120, 300):
+        print(f"| {budget} s | {best_within(rows, budget, True)} | {best_within(rows, budget, False)} |")
+    record = {"machine": machine(), "agreement": agreement, "ceiling": ceiling, "rows": rows}
+    ns.record_results(ns.run_mode().data / "results.json", "quality", record)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[method.name for method in METHODS], default=[])
+    if chosen := parser.parse_args().method:
+        print(json.dumps(measure(by_name(chosen))))
+    else:
+        main(parser.parse_args().only)
