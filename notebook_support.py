@@ -2288,10 +2288,23 @@ def record_results(path: str | Path, chapter: str, values: Mapping[str, Any]) ->
         temporary.write_text(json.dumps(results, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_table(path: str | Path, table: pd.DataFrame, made_for: str = "") -> None:
+def write_table(path: str | Path, table: pd.DataFrame, made_for: str) -> None:
     """Write `table` as CSV below a comment line that says what it was made for."""
     with atomic_path(path) as temporary:
         temporary.write_text(f"# {made_for}\n{table.to_csv(index=False)}", encoding="utf-8")
+
+
+def read_table(path: str | Path) -> tuple[pd.DataFrame, str] | None:
+    """The CSV that `write_table` left at `path` and what it was made for; None when there is none."""
+    if not Path(path).exists():
+        return None
+    try:
+        about, _, rest = Path(path).read_text(encoding="utf-8").partition("\n")
+        if not about.startswith("# "):
+            raise ValueError("its first line does not say what it was made for")
+        return pd.read_csv(io.StringIO(rest)), about.removeprefix("# ")
+    except ValueError as error:  # undecodable text and unreadable tables alike
+        raise CorruptFileError(f"{path} is damaged ({error}); restore it: git checkout -- {path}") from error
 
 
 def read_or_make_table(path: str | Path, make: Callable[[], pd.DataFrame], made_for: str) -> pd.DataFrame:
@@ -2299,14 +2312,13 @@ def read_or_make_table(path: str | Path, make: Callable[[], pd.DataFrame], made_
 
     A damaged file is reported, kept aside and made again.
     """
-    path = Path(path)
-    if path.exists():
-        try:
-            about, _, rest = path.read_text(encoding="utf-8").partition("\n")
-            if about == f"# {made_for}":
-                return pd.read_csv(io.StringIO(rest))
-        except ValueError as error:  # undecodable text and unreadable tables alike
-            _set_aside(path, error)
+    try:
+        found = read_table(path)
+    except CorruptFileError as error:
+        _set_aside(Path(path), error)
+        found = None
+    if found is not None and found[1] == made_for:
+        return found[0]
     table = make()
     write_table(path, table, made_for)
     return table

@@ -294,8 +294,8 @@ def measure(method: Method) -> dict[str, Any]:
     scores, seconds = timed(score, asked.subset(range(images)), value)
     if images < len(asked):  # time has a fixed part, which scaling must leave alone
         fewer = images // 3
-        base = timed(score, asked.subset(range(fewer)), value)[1]
-        seconds = base + (seconds - base) / (images - fewer) * (len(asked) - fewer)
+        short = timed(score, asked.subset(range(fewer)), value)[1]
+        seconds = short + (seconds - short) / (images - fewer) * (len(asked) - fewer)
     with ns.atomic_path(method.file.with_suffix(".npy")) as temporary:
         np.save(temporary, scores)
     figures = {"value": value, "tried": tried, "seconds": prepared + seconds, "images": images}

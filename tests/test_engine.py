@@ -70,7 +70,7 @@ def test_kernel_with_all_samples_equals_the_dense_inverse_of_the_same_matrix(kin
 def test_sampled_fisher_tends_to_the_gauss_newton_matrix(blobs, softmax):
     images, labels = blobs
     many = (images.repeat(500, 1), labels.repeat(500))
-    rows = ns._make_problem(softmax, many, ns.InfluenceSettings(samples=20_000, device="cpu")).rows
+    rows = ns._make_problem(softmax, many, ns.InfluenceSettings(measure="loss", samples=20_000, device="cpu")).rows
     exact = dense_hessian(softmax, images, labels)  # for a linear model the Hessian is the Gauss-Newton matrix
     assert relative_error(rows.T @ rows / len(rows), exact) < 0.03
 
@@ -100,7 +100,7 @@ def test_cg_on_the_hessian_of_an_mlp(blobs, mlp):
     exact = exact_scores(hessian, damping, gradients[:3], gradients)
     found = ns.compute_influences(
         mlp, blobs, blobs, range(3), solver="cg", curvature="hessian", damping=damping, tolerance=1e-8, samples=40,
-        device="cpu",
+        measure="loss", device="cpu",
     )  # fmt: skip
     assert relative_error(found.scores, exact) < 1e-4
     assert found.health.largest_eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(hessian).abs().max()), rel=0.05)
@@ -109,12 +109,13 @@ def test_cg_on_the_hessian_of_an_mlp(blobs, mlp):
 def test_negative_curvature_is_an_error_that_says_what_to_do(blobs, mlp):
     with pytest.raises(ns.NonFiniteError, match="raise damping"):
         ns.compute_influences(
-            mlp, blobs, blobs, range(3), solver="cg", curvature="hessian", damping=1e-4, samples=40, device="cpu"
-        )
+            mlp, blobs, blobs, range(3), solver="cg", curvature="hessian", damping=1e-4, samples=40, measure="loss",
+            device="cpu",
+        )  # fmt: skip
 
 
 def lissa(model, data, **changes):
-    defaults = {"solver": "lissa", "damping": 0.05, "samples": 40, "batch_size": 40, "device": "cpu"}
+    defaults = {"solver": "lissa", "damping": 0.05, "samples": 40, "batch_size": 40, "measure": "loss", "device": "cpu"}
     return ns.compute_influences(model, data, data, range(3), **{**defaults, **changes})
 
 
@@ -145,7 +146,9 @@ def test_lissa_that_diverges_is_an_error_not_a_picture(blobs, softmax):
 
 def test_identity_is_the_gradient_dot_product(blobs, mlp):
     gradients = loop_gradients(mlp, *blobs)
-    found = ns.compute_influences(mlp, blobs, blobs, range(3), solver="identity", damping=1.0, device="cpu")
+    found = ns.compute_influences(
+        mlp, blobs, blobs, range(3), solver="identity", measure="loss", damping=1.0, device="cpu"
+    )
     assert relative_error(found.scores, gradients[:3] @ gradients.T / 40) < 1e-12
 
 
@@ -173,7 +176,7 @@ def test_influence_agrees_with_leave_one_out_retraining_in_size_and_sign(regress
     train, test, l2 = regression
     model = ns.fit_softmax_regression(*train, l2)
     truth = np.array([ns.removal_effect(train, test, l2, [k]) for k in range(len(train[1]))])
-    found = ns.mean_influences(model, train, test, solver="cg", damping=l2, tolerance=1e-8, samples=150, device="cpu")
+    found = ns.mean_influences(model, train, test, solver="cg", measure="loss", damping=l2, tolerance=1e-8, samples=150)
     assert np.corrcoef(found, truth)[0, 1] > 0.99
     assert 0.7 < np.polyfit(truth, found, 1)[0] < 1.1  # first order: a point with leverage matters a little more
 
@@ -181,10 +184,10 @@ def test_influence_agrees_with_leave_one_out_retraining_in_size_and_sign(regress
 def test_removing_the_harmful_lowers_the_test_loss_and_removing_the_helpful_raises_it(regression):
     train, test, l2 = regression
     model = ns.fit_softmax_regression(*train, l2)
-    for solver in ("kernel", "cg"):
+    for solver, measure in (("kernel", "margin"), ("kernel", "loss"), ("cg", "loss")):
         for i in range(5):
             one = (test[0][i : i + 1], test[1][i : i + 1])
-            found = ns.compute_influences(model, train, one, solver=solver, damping=l2, samples=150, device="cpu")
+            found = ns.compute_influences(model, train, one, solver=solver, measure=measure, damping=l2, samples=150)
             assert ns.removal_effect(train, one, l2, found.harmful(0, 5)) < 0
             assert ns.removal_effect(train, one, l2, found.helpful(0, 5)) > 0
 
@@ -195,7 +198,7 @@ def test_the_package_swaps_the_sign_and_ignores_its_depth(regression):
     one = (test[0][:1], test[1][:1])
     runs = [ns.run_package(model, TensorDataset(*train), TensorDataset(*one), depth, 25.0, 150) for depth in (1, 40)]
     assert np.array_equal(runs[0].influence, runs[1].influence)
-    ours = ns.compute_influences(model, train, one, solver="cg", damping=l2, samples=150, device="cpu").scores[0]
+    ours = ns.compute_influences(model, train, one, solver="cg", measure="loss", damping=l2, samples=150).scores[0]
     assert np.corrcoef(runs[0].influence, ours)[0, 1] < -0.5
     assert runs[0].seconds_for(depth=10, images=300, measured_depth=1) == pytest.approx(
         10 * runs[0].seconds_solve + 2 * runs[0].seconds_score
@@ -273,7 +276,7 @@ def test_every_architecture_gets_the_same_scores_as_a_loop(name, frozen):
     labels = torch.randint(0, 3, (9,), generator=generator)
     gradients = loop_gradients(model, images, labels)
     found = ns.compute_influences(
-        model, (images, labels), (images, labels), range(3), solver="identity", damping=1.0, chunk=4, device="cpu"
+        model, (images, labels), (images, labels), range(3), solver="identity", measure="loss", damping=1.0, chunk=4
     )
     assert relative_error(found.scores, gradients[:3] @ gradients.T / 9) < 1e-9
 
@@ -355,7 +358,7 @@ def test_the_number_of_torch_threads_does_not_matter(digits_net):
 def test_the_order_of_the_images_does_not_matter(blobs, mlp):
     images, labels = blobs
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    settings = ns.InfluenceSettings(solver="cg", damping=0.05, samples=40, tolerance=1e-10, device="cpu")
+    settings = ns.InfluenceSettings(solver="cg", measure="loss", damping=0.05, samples=40, tolerance=1e-10)
     straight = ns.compute_influences(mlp, blobs, blobs, range(6), settings).scores
     shuffled = ns.compute_influences(mlp, (images[order], labels[order]), blobs, [5, 4, 3, 2, 1, 0], settings).scores
     assert np.allclose(shuffled[::-1], straight[:, order], rtol=1e-6, atol=1e-12)

@@ -119,5 +119,5 @@ def test_settings_describe_themselves_for_json():
         return outputs.sum(1)
 
     assert ns.InfluenceSettings(measure=my_measure).describe()["measure"] == "my_measure"
-    assert ns.InfluenceSettings().describe()["measure"] == "loss"
+    assert ns.InfluenceSettings().describe()["measure"] == "margin"
     assert np.isfinite(influences(measure="margin").scores).all()

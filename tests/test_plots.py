@@ -4,6 +4,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import dataclasses
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -61,13 +63,48 @@ def test_influential_images_are_labelled_with_score_class_and_index(digits):
     train, test = digits
     scores = np.linspace(-1, 1, len(train))[None]
     influences = ns.Influences(scores, np.array([2]), test.labels[2:3].numpy(), train.labels.numpy(), {}, None)
-    figure = ns.plot_influential(influences, 0, train, test, "digit 1 (90%)")
+    figure = ns.plot_influential(influences, 0, digits, "digit 1 (90%)")
     titles = [ax.get_title() for ax in figure.axes]
     last = len(train) - 1
     assert titles[0] == f"test image 2\nlabel: {test.class_of(2)}\nmodel: digit 1 (90%)"
     assert titles[1] == f"+1\n{train.class_of(last)}\n#{last}"
     assert titles[6] == f"-1\n{train.class_of(0)}\n#0"
     assert len(titles) == 11
+    assert not any(ax.patches for ax in figure.axes)
+    plt.close("all")
+
+
+def test_stability_is_written_below_each_image_and_unstable_ones_are_framed(digits):
+    train, test = digits
+    scores = np.linspace(-1, 1, len(train))[None]
+    influences = ns.Influences(scores, np.array([2]), test.labels[2:3].numpy(), train.labels.numpy(), {}, None)
+    counts = pd.DataFrame(
+        {"test_index": 2, "kind": "helpful", "train_index": [len(train) - 1, len(train) - 2], "found_by": [4, 1]}
+    ).assign(models=5)
+    figure = ns.plot_influential(influences, 0, digits, "digit 1 (90%)", counts)
+    texts = [[text.get_text() for text in ax.texts if "found" in text.get_text()] for ax in figure.axes[1:]]
+    assert texts == [["found by 80%"], ["found by 20%"], *[["found by 0%"]] * 8]
+    assert [bool(ax.patches) for ax in figure.axes] == [False, False, *[True] * 9]
+    other = dataclasses.replace(influences, test_indices=np.array([3]))
+    figure = ns.plot_influential(other, 0, digits, "digit 1 (90%)", counts)
+    assert not any("found" in text.get_text() for ax in figure.axes for text in ax.texts), "never measured"
+    plt.close("all")
+
+
+def test_predictions_removals_and_scores_are_drawn_as_given():
+    pairs = {"a": (np.array([1.0, 2.0]), np.array([1.5, 2.5])), "b": (np.array([-1.0]), np.array([0.0]))}
+    ax = ns.plot_predicted_actual(plt.subplots()[1], pairs)
+    assert ax.collections[0].get_offsets().tolist() == [[1.0, 1.5], [2.0, 2.5]]
+    assert ax.lines[0].get_xydata().tolist() == [[-1.0, -1.0], [2.5, 2.5]]
+    outcomes = pd.DataFrame(
+        [(kind, k, k * sign + d) for kind, sign in (("helpful", 1), ("harmful", -1), ("random", 0))
+         for k in (10, 50) for d in (-1, 1)], columns=["kind", "k", "change"],
+    )  # fmt: skip
+    ax = ns.plot_removals(plt.subplots()[1], outcomes, noise=0.5)
+    assert [container[0].get_ydata().tolist() for container in ax.containers] == [[10, 50], [-10, -50], [0, 0]]
+    score = ns.LDS(0.3, 0.2, 0.4, np.array([0.3]), np.array([0.3]))
+    ax = ns.plot_scores_with_interval(plt.subplots()[1], [1, 2], [score, score], "x", "red")
+    assert ax.lines[0].get_ydata().tolist() == [0.3, 0.3]
     plt.close("all")
 
 
