@@ -804,7 +804,9 @@ class InfluenceSettings:
     """How influence is computed; every field has a working default and is checked.
 
     solver      how (H + λI)⁻¹ is applied: "kernel", "cg", "lissa" or "identity" (see `SOLVERS`)
-    measure     "loss", "margin", or your own `Measure`
+    measure     "margin", "loss", or your own `Measure`, on both sides of the formula. The default is what foretells
+                retraining best by measurement (retraining.ipynb, section 5): an image learned by heart has almost no
+                loss gradient left, but a margin. Only with "loss" is a score an estimated change in nats.
     damping     λ > 0, in units of the curvature; None: the mean diagonal of the Gram matrix of the sampled gradients
                 divided by `samples`, that is the mean of the curvature's non-zero eigenvalues
     samples     r: how many training images stand in for all of them in the curvature H
@@ -1357,7 +1359,7 @@ def _score(problem: _Problem, directions: Tensor) -> tuple[NDArray[Any], NDArray
 
 @dataclass(frozen=True, eq=False)
 class Influences:
-    """Scores (m, n), positive = helpful, in units of the measure (nats for the loss); who, how and how well.
+    """Scores (m, n), positive = helpful; nats for the measure "loss", else sign and rank; who, how and how well.
 
     test_indices (m,) and train_labels (n,), test_labels (m,): whole numbers; column j is training image j.
     """
@@ -2250,6 +2252,7 @@ def plot_removals(ax: Axes, outcomes: pd.DataFrame, noise: float) -> Axes:
         )
     ax.set_xscale("log")
     ax.set_xticks(error.index, [str(k) for k in error.index])
+    ax.set_yscale("symlog", linthresh=1)  # −1 … 1 linear: harm is bounded by the loss there was, help is not
     ax.minorticks_off()
     return ax
 
@@ -2260,6 +2263,23 @@ def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS
     ax.fill_between(
         x, [score.low for score in scores], [score.high for score in scores], color=colour, alpha=0.2, linewidth=0
     )
+    return ax
+
+
+def plot_quality_against_time(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> Axes:
+    """LDS (with its interval) against seconds, a point a method: "ours…" in blue, all others in red.
+
+    rows: mappings with method, lds, low, high, seconds.
+    """
+    for row in sorted(rows, key=lambda row: row["seconds"]):
+        ours = row["method"].startswith("ours")
+        colour = HELPFUL_COLOUR if ours else HARMFUL_COLOUR
+        spread = [[row["lds"] - row["low"]], [row["high"] - row["lds"]]]
+        ax.errorbar(row["seconds"], row["lds"], spread, color=colour, marker="o", markersize=4, elinewidth=0.8)
+        ax.annotate(
+            row["method"], (row["seconds"], row["lds"]), (4, 3), textcoords="offset points", fontsize=6.5, color=colour
+        )
+    ax.set(xscale="log", xlabel="seconds for all test images", ylabel="LDS")
     return ax
 
 
