@@ -19,6 +19,7 @@ Agarwal, Bullins & Hazan, "Second-Order Stochastic Optimization for Machine Lear
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -914,17 +915,19 @@ class _Problem:
         For the loss, each label is drawn from the model's own prediction: the expectation is then the true Fisher,
         which equals the Gauss-Newton matrix (Martens 2020, sec. 9). Other measures use the given labels.
         """
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        draws = torch.rand(len(self.sample), 1, generator=generator, dtype=torch.float64)
         like = next(iter(self.params.values()))
         matrix = like.new_empty(len(self.sample), sum(param.numel() for param in self.params.values()))
         rows = list(matrix.split(self.settings.chunk))  # views, filled in place: the matrix is held only once
-        pairs = zip(self.batches(self.train, self.sample), draws.split(self.settings.chunk))
-        for row, ((images, labels), draw) in zip(rows, pairs):
-            row.copy_(
-                self.gradients(images, self.draw_labels(images, draw) if self.measure is loss_measure else labels)
-            )
+        for row, (images, labels) in zip(rows, self.sampled_batches()):
+            row.copy_(self.gradients(images, labels))
         return matrix
+
+    def sampled_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of the sampled images, with the labels whose gradients make up the Fisher matrix (see `rows`)."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        draws = torch.rand(len(self.sample), 1, generator=generator, dtype=torch.float64).split(self.settings.chunk)
+        for (images, labels), draw in zip(self.batches(self.train, self.sample), draws):
+            yield images, self.draw_labels(images, draw) if self.measure is loss_measure else labels
 
     @torch.no_grad()
     def draw_labels(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -938,9 +941,11 @@ class _Problem:
     @cached_property
     def damping(self) -> float:
         """λ as given, or the mean of the sampled Fisher's non-zero eigenvalues."""
-        if self.settings.damping is not None:
-            return self.settings.damping
-        automatic = float(self.rows.square().sum(1).mean()) / len(self.sample)
+        return self.settings.damping or self.automatic_damping(self.rows.square().sum(1))
+
+    def automatic_damping(self, squared_norms: Tensor) -> float:
+        """The mean of the sampled Fisher's non-zero eigenvalues, from the squared norms (r,) of its gradients."""
+        automatic = float(squared_norms.mean()) / len(self.sample)
         if automatic <= 0:
             raise ValueError("every sampled gradient is zero, so no damping can be derived; pass damping=")
         return automatic
@@ -1088,6 +1093,15 @@ def _gram(rows: Tensor, blocks: int = 8) -> Tensor:
     return lower + lower.tril(-1).T
 
 
+def _factorise_gram(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Cholesky factor of K + rλI for the Gram matrix K (r, r), and the largest eigenvalue of K/r."""
+    largest = largest_eigenvalue(lambda vector: vector @ gram, gram[:1]) / len(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram + len(gram) * damping * torch.eye(len(gram), dtype=gram.dtype))
+    if failed or not torch.isfinite(factor).all():
+        raise NonFiniteError(f"the Gram matrix with damping {damping:.1e} is singular; raise damping")
+    return factor, largest
+
+
 class _KernelSolver:
     """Direct: the damped Fisher inverse through the r × r Gram matrix of r sampled gradients G (Woodbury).
 
@@ -1096,13 +1110,7 @@ class _KernelSolver:
 
     def __init__(self, problem: _Problem) -> None:
         self.rows, self.damping, self.samples = problem.rows, problem.damping, len(problem.sample)
-        gram = _gram(self.rows)
-        self.largest = largest_eigenvalue(lambda vector: vector @ gram, gram[:1]) / self.samples
-        shifted = gram + self.samples * self.damping * torch.eye(self.samples, dtype=gram.dtype)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if failed or not torch.isfinite(factor).all():
-            raise NonFiniteError(f"the Gram matrix with damping {self.damping:.1e} is singular; raise damping")
-        self.factor = factor
+        self.factor, self.largest = _factorise_gram(_gram(self.rows), self.damping)
 
     def solve(self, v: Tensor) -> tuple[Tensor, Health]:
         inner = torch.cholesky_solve((self.rows @ v.T).cpu().double(), self.factor).to(v)  # (r, m)
@@ -1238,41 +1246,50 @@ class _Scorer:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         m = len(next(iter(self.directions.values())))
         model, scores = copy.deepcopy(self.model), images.new_zeros(m, len(images))
-        for name, inputs, deltas in self.capture(model, images, labels):
+        for name, inputs, deltas in _capture(model, self.layers, self.measure, images, labels):
             layer = model.get_submodule(name)
             weight, bias = self.directions[f"{name}.weight"], self.directions.get(f"{name}.bias")
             product = _linear_products if isinstance(layer, nn.Linear) else _conv_products
             scores += product(layer, inputs, deltas, weight)
             if bias is not None:
                 scores += bias @ (_positions(deltas) if isinstance(layer, nn.Linear) else deltas.flatten(2).mT).sum(1).T
-        covered = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
-        left = {*self.directions} - covered
-        rest = {name: param.detach() for name, param in model.named_parameters() if name in left}
-        if rest:
+        if rest := _uncovered(model, [*self.directions], self.layers):
             gradients = flatten_params(_per_sample_gradients(model, rest, self.measure, images, labels))
             scores += flatten_params({name: self.directions[name] for name in rest}) @ gradients.T
         return scores
 
-    def capture(self, model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(layer name, input, gradient at the output) of each call of each layer in one forward and backward pass."""
-        names, inputs, outputs = [], [], []
 
-        def make_hook(name: str) -> Callable[..., Tensor]:
-            def hook(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                names.append(name)
-                inputs.append(given[0].detach())
-                outputs.append(out)
-                return out.clone()  # so that an in-place activation does not overwrite what was recorded
+def _capture(
+    model: nn.Module, layers: Sequence[str], measure: Measure, images: Tensor, labels: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(layer name, input, gradient at the output) of each call of each layer in one forward and backward pass.
 
-            return hook
+    `model` is left with hooks: pass a copy.
+    """
+    names, inputs, outputs = [], [], []
 
-        for name in self.layers:
-            model.get_submodule(name).register_forward_hook(make_hook(name))
-        if self.layers:
-            with torch.enable_grad():
-                total = self.measure(model(images), labels).sum()
-            deltas = torch.autograd.grad(total, outputs, allow_unused=True)
-            yield from ((n, a, d) for n, a, d in zip(names, inputs, deltas) if d is not None)
+    def make_hook(name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            names.append(name)
+            inputs.append(given[0].detach())
+            outputs.append(out)
+            return out.clone()  # so that an in-place activation does not overwrite what was recorded
+
+        return hook
+
+    for name in layers:
+        model.get_submodule(name).register_forward_hook(make_hook(name))
+    if layers:
+        with torch.enable_grad():
+            total = measure(model(images), labels).sum()
+        deltas = torch.autograd.grad(total, outputs, allow_unused=True)
+        yield from ((n, a, d) for n, a, d in zip(names, inputs, deltas) if d is not None)
+
+
+def _uncovered(model: nn.Module, names: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
+    """The parameters among `names` that belong to none of `layers`, detached."""
+    covered = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    return {n: param.detach() for n, param in model.named_parameters() if n in {*names} - covered}
 
 
 def _positions(features: Tensor) -> Tensor:
@@ -1287,7 +1304,13 @@ def _linear_products(layer: nn.Module, inputs: Tensor, deltas: Tensor, weights: 
 
 
 def _conv_products(layer: nn.Module, inputs: Tensor, deltas: Tensor, weights: Tensor) -> Tensor:
-    """Per-sample weight gradients of a plain convolution times weights (m, o, c, k, l) → (m, b).
+    """Per-sample weight gradients of a plain convolution times weights (m, o, c, k, l) → (m, b)."""
+    gradients = _conv_gradients(layer, inputs, deltas)
+    return weights.permute(0, 3, 1, 2, 4).flatten(1) @ gradients.flatten(1).T
+
+
+def _conv_gradients(layer: nn.Module, inputs: Tensor, deltas: Tensor) -> Tensor:
+    """(b, k, o, c·l) weight gradient of a plain convolution, one a sample.
 
     The input is unfolded along its width only (k-fold instead of k²-fold memory); each kernel row is then one batched
     matrix product with a contiguous window of it.
@@ -1296,12 +1319,11 @@ def _conv_products(layer: nn.Module, inputs: Tensor, deltas: Tensor, weights: Te
     assert isinstance(layer.padding, tuple)  # `_fast_layers` lets no padding by name through
     vertical, horizontal = layer.padding
     padded = F.pad(inputs, (horizontal, horizontal, vertical, vertical))  # (b, c, H, W)
-    (height, width), (c, k, length) = deltas.shape[2:], weights.shape[2:]
+    (height, width), (c, k, length) = deltas.shape[2:], layer.weight.shape[1:]
     columns = padded.unfold(3, length, 1).permute(0, 1, 4, 2, 3).reshape(len(inputs), c * length, -1)  # (b, cl, H·w)
     d = deltas.flatten(2)  # (b, o, h·w)
     windows = [columns[:, :, row * width : (row + height) * width].transpose(1, 2) for row in range(k)]
-    gradients = torch.stack([torch.bmm(d, window) for window in windows], dim=1)  # (b, k, o, c·l)
-    return weights.permute(0, 3, 1, 2, 4).flatten(1) @ gradients.flatten(1).T
+    return torch.stack([torch.bmm(d, window) for window in windows], dim=1)
 
 
 def _fast_layers(problem: _Problem) -> tuple[str, ...]:
@@ -1335,11 +1357,123 @@ def _fast_layers(problem: _Problem) -> tuple[str, ...]:
     return tuple(names) if torch.allclose(fast, slow, rtol=tolerance, atol=tolerance * float(slow.abs().max())) else ()
 
 
-def _score(problem: _Problem, directions: Tensor) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """(m, p) directions → (m, n) influences, streamed in chunks through joblib; and the training labels (n,)."""
-    scorer = _Scorer(
-        problem.model, _fast_layers(problem), problem.measure, unflatten_params(directions, problem.params)
-    )
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """Gradients of b samples, held so that their inner products are cheap.
+
+    The gradient of a Linear layer is δaᵀ, and ⟨δaᵀ, δ'a'ᵀ⟩ = (a·a')(δ·δ'): i + o numbers a sample instead of i·o.
+    pairs: (a (b, i), δ (b, o)) of each such layer, a with a 1 appended where there is a bias; rest (b, q): the
+    gradients of all other parameters in full.
+    """
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    rest: Tensor
+
+    @property
+    def width(self) -> int:
+        """Numbers held a sample; an inner product costs as many multiplications."""
+        return self.rest.shape[1] + sum(a.shape[1] + delta.shape[1] for a, delta in self.pairs)
+
+    def products(self, other: _Factors) -> Tensor:
+        """(b, b') inner products with the gradients of other samples."""
+        total = self.rest @ other.rest.T
+        for (a, delta), (b, epsilon) in zip(self.pairs, other.pairs, strict=True):
+            total += (a @ b.T).mul_(delta @ epsilon.T)
+        return total
+
+    def squares(self) -> Tensor:
+        """(b,) squared norms."""
+        pairs = (a.square().sum(1) * delta.square().sum(1) for a, delta in self.pairs)
+        return sum(pairs, self.rest.square().sum(1))
+
+    @staticmethod
+    def join(parts: Sequence[_Factors]) -> _Factors:
+        """All samples of `parts`, in order."""
+        columns = zip(*(part.pairs for part in parts))
+        pairs = tuple((torch.cat([a for a, _ in pair]), torch.cat([d for _, d in pair])) for pair in columns)
+        return _Factors(pairs, torch.cat([part.rest for part in parts]))
+
+
+@torch.no_grad()
+def _factors(problem: _Problem, layers: Sequence[str], images: Tensor, labels: Tensor) -> _Factors:
+    """The gradients of the measure at each sample: Linear layers called once as pairs, everything else in full."""
+    model, pairs = copy.deepcopy(problem.model), []
+    captured = list(_capture(model, layers, problem.measure, images, labels))
+    calls = collections.Counter(name for name, _, _ in captured)
+    full: dict[str, Tensor] = {}
+    for name, inputs, deltas in captured:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and inputs.ndim == 2 and calls[name] == 1:
+            pairs.append((inputs if layer.bias is None else F.pad(inputs, (0, 1), value=1.0), deltas))
+            continue
+        if isinstance(layer, nn.Linear):
+            weight, bias = _positions(deltas).mT @ _positions(inputs), _positions(deltas).sum(1)
+        else:
+            weight, bias = _conv_gradients(layer, inputs, deltas), deltas.flatten(2).sum(2)
+        gradient = torch.cat([weight.flatten(1)] + [bias] * (layer.bias is not None), dim=1)
+        full[name] = full[name] + gradient if name in full else gradient
+    if rest := _uncovered(model, [*problem.params], layers):
+        full[""] = flatten_params(_per_sample_gradients(model, rest, problem.measure, images, labels))
+    nothing = images.new_zeros(len(images), 0)
+    return _Factors(tuple(pairs), torch.cat([nothing, *full.values()], dim=1))
+
+
+class _DualKernel:
+    """The `kernel` solver without any direction s: only inner products of gradients are ever needed.
+
+    With K the products among the r sampled gradients and k those of a test gradient with them,
+    gᵀ(GᵀG/r + λI)⁻¹v = (gᵀv − (Gg)ᵀ(K + rλI)⁻¹k) / λ: the scores of `_KernelSolver`, at a price that depends on
+    the `width` of the factors instead of p, and hardly on the number of test images.
+    """
+
+    def __init__(self, problem: _Problem, layers: Sequence[str]) -> None:
+        self.problem, self.layers = problem, layers
+        self.sample = _Factors.join([self.factors(*batch) for batch in problem.sampled_batches()])
+        self.damping = problem.settings.damping or problem.automatic_damping(self.sample.squares())
+        self.gram = self.sample.products(self.sample).cpu().double()
+        self.factor, self.largest = _factorise_gram(self.gram, self.damping)
+
+    def factors(self, images: Tensor, labels: Tensor) -> _Factors:
+        return _factors(self.problem, self.layers, images, labels)
+
+    def solve(self, tests: _Factors) -> tuple[Tensor, Health]:
+        """(m, r) weights (K + rλI)⁻¹k of the sampled gradients, and the health of that solution."""
+        k, shift = tests.products(self.sample).cpu().double(), len(self.gram) * self.damping
+        weights = torch.cholesky_solve(k.T, self.factor).T
+        error = (k - weights @ self.gram - shift * weights) / shift  # of s: the gradients weighted by this
+        norms = ((error @ self.gram) * error).sum(1).clamp_min(0).sqrt()
+        tiny = torch.finfo(torch.float64).tiny
+        residual = float((norms / tests.squares().cpu().double().sqrt().clamp_min(tiny)).max())
+        return weights.to(tests.rest), Health("kernel", residual, self.damping, self.largest, 0, len(self.gram))
+
+    def scorer(self, tests: _Factors, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Callable that turns a chunk of training samples into (m, b) scores, times n."""
+        return partial(_dual_scores, self.problem, self.layers, (self.sample, tests, weights, self.damping))
+
+
+def _dual_scores(
+    problem: _Problem,
+    layers: Sequence[str],
+    solved: tuple[_Factors, _Factors, Tensor, float],
+    images: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    sample, tests, weights, damping = solved
+    chunk = _factors(problem, layers, images, labels)
+    return (tests.products(chunk) - weights @ sample.products(chunk)) / damping
+
+
+def _dual_pays(problem: _Problem, layers: Sequence[str], m: int) -> bool:
+    """Whether r + m inner products a training image cost less than m full ones."""
+    if problem.settings.solver != "kernel":
+        return False
+    (images, labels), *_ = problem.batches(problem.train, torch.zeros(1, dtype=torch.long))
+    width, p = _factors(problem, layers, images, labels).width, sum(param.numel() for param in problem.params.values())
+    return (len(problem.sample) + m) * width < m * p
+
+
+def _score(problem: _Problem, scorer: Callable[[Tensor, Tensor], Tensor]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """(m, n) influences, streamed in chunks through joblib, from a scorer of chunks; and the training labels (n,)."""
     seen: list[Tensor] = []
 
     def tasks() -> Iterator[Any]:
@@ -1438,18 +1572,58 @@ def _settings(settings: InfluenceSettings | None, changes: Mapping[str, Any]) ->
     return dataclasses.replace(settings or InfluenceSettings(), **changes)
 
 
-def _test_gradients(problem: _Problem, test: _Source, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients (m, p) of the measure at the chosen test images, and their labels (m,)."""
+def _check_tests(problem: _Problem, test: _Source, indices: Tensor) -> None:
+    """Errors that say what is wrong with the choice of test images, or with the images."""
     if len(indices) == 0:
         raise ValueError("no test image chosen: test_indices is empty")
     if int(indices.min()) < 0 or int(indices.max()) >= test.size:
         raise ValueError(f"test indices must lie in 0..{test.size - 1}; found {indices.tolist()}")
     _try_model(problem, test, indices[:1], "test")
-    pairs = [(problem.gradients(images, labels), labels) for images, labels in problem.batches(test, indices)]
-    gradients = torch.cat([gradient for gradient, _ in pairs])
+
+
+def _check_finite(gradients: Tensor) -> None:
     if not torch.isfinite(gradients).all():
         raise NonFiniteError("the gradient of a test image is NaN or infinite; check the model and the image's pixels")
+
+
+def _test_gradients(problem: _Problem, test: _Source, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (m, p) of the measure at the chosen test images, and their labels (m,)."""
+    _check_tests(problem, test, indices)
+    pairs = [(problem.gradients(images, labels), labels) for images, labels in problem.batches(test, indices)]
+    gradients = torch.cat([gradient for gradient, _ in pairs])
+    _check_finite(gradients)
     return gradients, torch.cat([labels for _, labels in pairs])
+
+
+def _test_factors(problem: _Problem, solver: _DualKernel, test: _Source, indices: Tensor) -> tuple[_Factors, Tensor]:
+    """The same gradients as factors, and the labels (m,)."""
+    _check_tests(problem, test, indices)
+    pairs = [(solver.factors(images, labels), labels) for images, labels in problem.batches(test, indices)]
+    factors = _Factors.join([factor for factor, _ in pairs])
+    _check_finite(factors.squares())
+    return factors, torch.cat([labels for _, labels in pairs])
+
+
+def _solve(
+    problem: _Problem, test: _Source, indices: Tensor
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Health]:
+    """What scores a chunk of training samples for the chosen test images, the labels of these, and the health.
+
+    Two roads to the same numbers: directions s, or, where that is cheaper, inner products only (`_DualKernel`).
+    """
+    layers = _fast_layers(problem)
+    if _dual_pays(problem, layers, len(indices)):
+        solver = _DualKernel(problem, layers)
+        tests, labels = _test_factors(problem, solver, test, indices)
+        weights, health = solver.solve(tests)
+        return solver.scorer(tests, weights), labels, health
+    gradients, labels = _test_gradients(problem, test, indices)
+    directions, health = _make_solver(problem).solve(gradients)
+    return _direction_scorer(problem, layers, directions), labels, health
+
+
+def _direction_scorer(problem: _Problem, layers: tuple[str, ...], directions: Tensor) -> _Scorer:
+    return _Scorer(problem.model, layers, problem.measure, unflatten_params(directions, problem.params))
 
 
 def compute_influences(
@@ -1465,7 +1639,8 @@ def compute_influences(
     train, test: `ImageData`, a pair of tensors (images, labels), or any map-style data set of (image, label).
     settings, changes: an `InfluenceSettings`, and single settings to change in it, as in `solver="cg"`.
     The model is copied: its weights, modes and requires_grad flags stay as they are.
-    Memory: about m·p + r·p + m·n numbers; n × p gradients are never held.
+    Memory: about m·p + r·p + m·n numbers, or, for many test images of a model with large Linear layers, far less
+    (see `_DualKernel`); n × p gradients are never held.
 
     Koh & Liang 2017, eq. 2, negated and divided by n, so that it estimates what leaving the image out does.
     Raises ValueError (NonFiniteError where a number went bad) saying what was wrong and what to do.
@@ -1474,10 +1649,9 @@ def compute_influences(
     problem, source = _make_problem(model, train, chosen), _as_source(test, "test")
     indices = torch.arange(source.size) if test_indices is None else torch.as_tensor(test_indices, dtype=torch.long)
     start = time.perf_counter()
-    gradients, labels = _test_gradients(problem, source, indices)
-    directions, health = _make_solver(problem).solve(gradients)
+    scorer, labels, health = _solve(problem, source, indices)
     solved = time.perf_counter()
-    scores, train_labels = _score(problem, directions)
+    scores, train_labels = _score(problem, scorer)
     health = dataclasses.replace(health, seconds_solve=solved - start, seconds_score=time.perf_counter() - solved)
     return Influences(scores, indices.numpy(), labels.cpu().numpy(), train_labels, chosen.describe(), health)
 
@@ -1493,7 +1667,7 @@ def mean_influences(
     parts = torch.arange(source.size).split(problem.settings.chunk)
     total = torch.stack([_test_gradients(problem, source, part)[0].sum(0) for part in parts]).sum(0, keepdim=True)
     directions, _ = _make_solver(problem).solve(total / source.size)
-    return _score(problem, directions)[0][0]
+    return _score(problem, _direction_scorer(problem, _fast_layers(problem), directions))[0][0]
 
 
 def self_influences(
@@ -1509,11 +1683,18 @@ def self_influences(
     """
     problem = _make_problem(model, train, _settings(settings, changes))
     chosen = torch.arange(problem.train.size) if indices is None else torch.as_tensor(indices, dtype=torch.long)
-    solver, parts = _make_solver(problem), []
+    layers, parts = _fast_layers(problem), []
+    dual = _DualKernel(problem, layers) if _dual_pays(problem, layers, len(chosen)) else None
+    solver = None if dual else _make_solver(problem)
     for part in chosen.split(problem.settings.chunk):
-        gradients, _ = _test_gradients(problem, problem.train, part)
-        parts.append((gradients * solver.solve(gradients)[0]).sum(1) / problem.train.size)
-    return torch.cat(parts).cpu().numpy()
+        if dual:
+            factors, _ = _test_factors(problem, dual, problem.train, part)
+            products = factors.products(dual.sample)
+            parts.append((factors.squares() - (products * dual.solve(factors)[0]).sum(1)) / dual.damping)
+        elif solver:
+            gradients, _ = _test_gradients(problem, problem.train, part)
+            parts.append((gradients * solver.solve(gradients)[0]).sum(1))
+    return (torch.cat(parts) / problem.train.size).cpu().numpy()
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -2252,7 +2433,10 @@ def plot_removals(ax: Axes, outcomes: pd.DataFrame, noise: float) -> Axes:
         )
     ax.set_xscale("log")
     ax.set_xticks(error.index, [str(k) for k in error.index])
-    ax.set_yscale("symlog", linthresh=1)  # −1 … 1 linear: harm is bounded by the loss there was, help is not
+    ax.set_yscale(
+        "symlog", linthresh=1
+    )  # −1 … 1 linear: what can fall is the loss there was, what can rise is not bound
+    ax.set_yticks([-1, 0, 1, 3, 10, 30], ["−1", "0", "1", "3", "10", "30"])
     ax.minorticks_off()
     return ax
 

@@ -96,7 +96,12 @@ def test_the_numbers_of_the_readme_come_from_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     speed, student = results["speed"], results["student"]
     ten, many = speed["engine"]["50000 x 10"], speed["engine"]["50000 x 200"]
+    exact, lds = results["retraining"]["exact"], results["retraining"]["lds"]
     for text in (
+        f"| Pearson {exact['pearson']['all']:.4f} |",
+        *("{:.3f} [{:.3f}, {:.3f}]".format(*lds["margin"][which]) for which in (0, -1)),
+        f"at most {lds['ceiling']:.2f}",
+        f"| {results['retraining']['stability']['mean_share']:.0%} |",
         f"{student['test_accuracy']:.1%}",
         f"| {speed['plain']['median']:.1f} s |",
         f"| {ten['median']:.1f} s |",

@@ -1,6 +1,7 @@
 """The engine against exact answers: dense inverses, loops over samples, and real retraining."""
 
 import copy
+import dataclasses
 
 import joblib
 import numpy as np
@@ -469,3 +470,54 @@ def test_a_damaged_or_foreign_file_is_named_and_left_alone(result, tmp_path):
         assert path.read_bytes() == damaged
     with pytest.raises(FileNotFoundError, match="no influences"):
         ns.Influences.load(tmp_path / "missing.npz")
+
+
+# ── inner products instead of directions ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("measure", ["margin", "loss"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ZOO)
+def test_inner_products_give_the_scores_of_the_directions(name, frozen, measure, monkeypatch):
+    torch.manual_seed(4)
+    model = ZOO[name]().double()
+    if frozen and len(list(model.parameters())) > 2:
+        next(model.parameters()).requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(11, 3, 8, 8, generator=generator, dtype=torch.float64)
+    data = (images, torch.randint(0, 3, (11,), generator=generator))
+    settings = ns.InfluenceSettings(measure=measure, samples=7, damping=0.1, chunk=4, device="cpu")
+    found = {}
+    for dual in (False, True):
+        monkeypatch.setattr(ns, "_dual_pays", lambda *_, dual=dual: dual)
+        found[dual] = (
+            ns.compute_influences(model, data, data, [0, 5, 9], settings),
+            ns.self_influences(model, data, [0, 5, 9], settings),
+        )
+    assert relative_error(found[True][0].scores, torch.as_tensor(found[False][0].scores)) < 1e-9
+    assert relative_error(found[True][1], torch.as_tensor(found[False][1])) < 1e-9
+    assert found[True][0].health.residual < 1e-9
+    assert found[True][0].health.largest_eigenvalue == pytest.approx(found[False][0].health.largest_eigenvalue)
+
+
+def test_the_residual_of_the_inner_products_notices_a_wrong_solution(blobs, mlp):
+    problem = ns._make_problem(mlp, blobs, ns.InfluenceSettings(samples=20, damping=0.1, device="cpu"))
+    solver = ns._DualKernel(problem, ns._fast_layers(problem))
+    tests, _ = ns._test_factors(problem, solver, problem.train, torch.arange(3))
+    assert solver.solve(tests)[1].residual < 1e-12
+    solver.factor = solver.factor * 1.1
+    assert solver.solve(tests)[1].residual > 1e-3
+
+
+def test_the_cheaper_road_is_taken_and_both_choose_the_same_damping():
+    images, labels = torch.rand(60, 3, 32, 32), torch.arange(60) % 10
+    problem = ns._make_problem(ns.Net(), (images, labels), ns.InfluenceSettings(samples=20, device="cpu"))
+    layers = ns._fast_layers(problem)
+    assert not ns._dual_pays(problem, layers, 1)
+    assert ns._dual_pays(problem, layers, 50)
+    assert not ns._dual_pays(dataclasses.replace(problem, settings=ns.InfluenceSettings(solver="cg")), layers, 50)
+    solver = ns._DualKernel(problem, layers)
+    assert solver.sample.width < 4_000 < sum(param.numel() for param in problem.params.values())
+    assert solver.damping == pytest.approx(problem.damping, rel=1e-5)
+    products = solver.sample.products(solver.sample)
+    assert torch.allclose(products, problem.rows @ problem.rows.T, rtol=1e-4, atol=1e-4 * float(products.abs().max()))
