@@ -1934,7 +1934,7 @@ def _set_aside(path: Path, error: Exception) -> None:
     print(f"{path} is damaged ({error}); kept as {aside.name}, and what was in it is computed again")
 
 
-def retrain(
+def retrain_all(
     train: ImageData,
     test: ImageData,
     plan: Sequence[Training],

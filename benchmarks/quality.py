@@ -182,7 +182,7 @@ def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     missing = sum(ns._training_key(small, asked, config, training) not in done for training in plan)
     if missing:
         raise SystemExit(f"{missing} of {len(plan)} retrainings are missing in {TRUTH}: run the notebook that makes it")
-    losses = ns.retrain(small, asked, plan, config, TRUTH).losses
+    losses = ns.retrain_all(small, asked, plan, config, TRUTH).losses
     return masks, losses.reshape(REPEATS, HALVES, -1)
 
 

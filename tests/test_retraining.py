@@ -164,7 +164,7 @@ def test_features_are_what_the_last_layer_sees(little):
 
 def test_retraining_asks_the_model_that_training_gives(little, tmp_path):
     (train, test), (plan) = little, make_plan(3)
-    found = ns.retrain(train, test, plan, CONFIG, tmp_path / "cache.npz", jobs=1)
+    found = ns.retrain_all(train, test, plan, CONFIG, tmp_path / "cache.npz", jobs=1)
     kept, seed = plan[1]
     result = ns.evaluate(ns.train_once(train.subset(kept), dataclasses.replace(CONFIG, seed=seed)), test)
     np.testing.assert_allclose(found.losses[1], result.losses, atol=5e-3)  # float16 in the cache
@@ -174,34 +174,34 @@ def test_retraining_asks_the_model_that_training_gives(little, tmp_path):
 
 def test_nothing_is_trained_twice_and_nothing_is_mixed(little, tmp_path, trained):
     (train, test), plan, path = little, make_plan(3), tmp_path / "cache.npz"
-    first = ns.retrain(train, test, [*plan, plan[0]], CONFIG, path, jobs=1)
+    first = ns.retrain_all(train, test, [*plan, plan[0]], CONFIG, path, jobs=1)
     assert trained == [10, 11, 12]
     assert (first.margins[0] == first.margins[3]).all()
-    again = ns.retrain(train, test, plan[::-1], CONFIG, path, jobs=1)
+    again = ns.retrain_all(train, test, plan[::-1], CONFIG, path, jobs=1)
     assert trained == [10, 11, 12], "all were in the cache"
     assert (again.margins[::-1] == first.margins[:3]).all()
-    ns.retrain(train, test, plan[:1], dataclasses.replace(CONFIG, peak_lr=0.03), path, jobs=1)
-    ns.retrain(train.subset(torch.arange(99, -1, -1)), test, plan[:1], CONFIG, path, jobs=1)
+    ns.retrain_all(train, test, plan[:1], dataclasses.replace(CONFIG, peak_lr=0.03), path, jobs=1)
+    ns.retrain_all(train.subset(torch.arange(99, -1, -1)), test, plan[:1], CONFIG, path, jobs=1)
     assert trained == [10, 11, 12, 10, 10], "another configuration and other data are other trainings"
 
 
 def test_threads_are_put_back_and_make_no_difference(little, tmp_path):
     (train, test), plan, before = little, make_plan(2), torch.get_num_threads()
-    alone = ns.retrain(train, test, plan, CONFIG, tmp_path / "a.npz", jobs=1)
+    alone = ns.retrain_all(train, test, plan, CONFIG, tmp_path / "a.npz", jobs=1)
     assert torch.get_num_threads() == before
-    together = ns.retrain(train, test, plan, CONFIG, tmp_path / "b.npz", jobs=2)
+    together = ns.retrain_all(train, test, plan, CONFIG, tmp_path / "b.npz", jobs=2)
     assert (alone.margins == together.margins).all()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text"])
 def test_a_damaged_cache_is_reported_kept_aside_and_made_again(little, tmp_path, trained, capsys, damage):
     (train, test), plan, path = little, make_plan(2), tmp_path / "cache.npz"
-    good = ns.retrain(train, test, plan, CONFIG, path, jobs=1)
+    good = ns.retrain_all(train, test, plan, CONFIG, path, jobs=1)
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 0xFF
     path.write_bytes({"truncated": content[:-40], "flipped": content, "text": b"not a cache"}[damage])
-    again = ns.retrain(train, test, plan, CONFIG, path, jobs=1)
+    again = ns.retrain_all(train, test, plan, CONFIG, path, jobs=1)
     assert trained == [10, 11, 10, 11], "nothing in a damaged file is trusted"
     assert "damaged" in capsys.readouterr().out
     assert (tmp_path / "cache.npz.damaged").exists()
@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_where_it_was(little, root, tmp_path, trained):
         import test_retraining as here, notebook_support as ns
         train, test = ns.load_data("digits")
         small, asked = train.subset(range(100)), test.subset(range(20))
-        ns.retrain(small, asked, here.make_plan(8), here.SLOWER, {str(path)!r}, jobs=2)
+        ns.retrain_all(small, asked, here.make_plan(8), here.SLOWER, {str(path)!r}, jobs=2)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], start_new_session=True)
     deadline = time.monotonic() + 120
@@ -228,9 +228,9 @@ def test_a_killed_run_goes_on_where_it_was(little, root, tmp_path, trained):
     process.wait()
     finished = ns._read_retrainings(path)
     assert 1 <= len(finished) < 8
-    resumed = ns.retrain(train, test, plan, SLOWER, path, jobs=1)
+    resumed = ns.retrain_all(train, test, plan, SLOWER, path, jobs=1)
     assert len(trained) == 8 - len(finished), "what was finished is not trained again"
-    whole = ns.retrain(train, test, plan, SLOWER, tmp_path / "whole.npz", jobs=1)
+    whole = ns.retrain_all(train, test, plan, SLOWER, tmp_path / "whole.npz", jobs=1)
     assert (resumed.margins == whole.margins).all()
     assert (resumed.correct == whole.correct).all()
     assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
