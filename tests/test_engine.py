@@ -265,13 +265,18 @@ ZOO = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_every_architecture_gets_the_same_scores_as_a_loop(name, frozen):
-    torch.manual_seed(0)
+def from_the_zoo(name: str, frozen: bool, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     model = ZOO[name]().double()
     if frozen and len(list(model.parameters())) > 2:
         next(model.parameters()).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_architecture_gets_the_same_scores_as_a_loop(name, frozen):
+    model = from_the_zoo(name, frozen, seed=0)
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(9, 3, 8, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 3, (9,), generator=generator)
@@ -479,10 +484,7 @@ def test_a_damaged_or_foreign_file_is_named_and_left_alone(result, tmp_path):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ZOO)
 def test_inner_products_give_the_scores_of_the_directions(name, frozen, measure, monkeypatch):
-    torch.manual_seed(4)
-    model = ZOO[name]().double()
-    if frozen and len(list(model.parameters())) > 2:
-        next(model.parameters()).requires_grad_(False)
+    model = from_the_zoo(name, frozen, seed=4)
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(11, 3, 8, 8, generator=generator, dtype=torch.float64)
     data = (images, torch.randint(0, 3, (11,), generator=generator))
