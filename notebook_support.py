@@ -571,7 +571,8 @@ def train_model(
     """Train `model` in place on its own device; no augmentation, so that the training set is the training set.
 
     Returns one row an epoch: epoch, train_loss, train_accuracy (running, while the weights move), seconds; with
-    `validation` also validation_loss and validation_accuracy, and a progress bar (without it: silent). The last epoch's weights are kept: the validation data decides nothing.
+    `validation` also validation_loss and validation_accuracy, and a progress bar (without it: silent). The last
+    epoch's weights are kept: the validation data decides nothing.
     """
     generator = torch.Generator().manual_seed(config.seed)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
