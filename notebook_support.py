@@ -51,6 +51,7 @@ import pandas as pd
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from cleanlab.rank import get_label_quality_scores
 from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -63,10 +64,17 @@ from safetensors.torch import save_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import rankdata
+from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
+from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
@@ -200,6 +208,13 @@ class ImageData:
         chosen = torch.as_tensor(indices)
         return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
+    def with_labels(self, labels: Tensor) -> ImageData:
+        """The same images under other `labels` (n,); ValueError when there are more or fewer, or an unknown class."""
+        if labels.shape != self.labels.shape:
+            raise ValueError(f"labels must have shape {tuple(self.labels.shape)}, not {tuple(labels.shape)}")
+        _check_labels(labels, len(self.class_names))
+        return dataclasses.replace(self, labels=labels.long())
+
     def class_of(self, index: int) -> str:
         """Name of the class that image `index` is labelled with."""
         return self.class_names[int(self.labels[index])]
@@ -208,7 +223,16 @@ class ImageData:
     def fingerprint(self) -> str:
         """Checksum of images and labels; a checkpoint carries it so that it is never used for other data."""
         images = zlib.crc32(np.ascontiguousarray(self.images.numpy()).data)
-        return f"{self.name}-{len(self)}-{zlib.crc32(self.labels.numpy().tobytes(), images):08x}"
+        labels = zlib.crc32(self.labels.numpy().tobytes(), images)
+        return f"{self.name.replace(' ', '-')}-{len(self)}-{labels:08x}"
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels must be whole numbers, one an image, not {labels.dtype} {tuple(labels.shape)}")
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels must lie in 0..{classes - 1}, for {classes} classes (outputs); found {low}..{high}")
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -963,14 +987,6 @@ class _Problem:
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """(b, p) gradient of the measure at each sample, by vmap(grad)."""
         return flatten_params(_per_sample_gradients(self.model, self.params, self.measure, images, labels))
-
-
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(f"labels must be whole numbers, one an image, not {labels.dtype} {tuple(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels must lie in 0..{classes - 1}: the model has {classes} outputs; found {low}..{high}")
 
 
 def _make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> _Problem:
@@ -1888,18 +1904,29 @@ def train_once(train: ImageData, config: TrainConfig, kept: NDArray[np.int64] | 
 
 
 def train_models(
-    train: ImageData, config: TrainConfig, seeds: Sequence[int], folder: str | Path, jobs: int = -1
+    train: ImageData | Sequence[ImageData],
+    config: TrainConfig,
+    seeds: Sequence[int],
+    folder: str | Path,
+    jobs: int = -1,
 ) -> list[Net]:
     """One `train_once` model for each seed, `jobs` at a time; kept in `folder` as a checkpoint each and reused.
 
-    A checkpoint made otherwise is replaced; a damaged one is reported, kept aside and its model trained again.
+    train: the data of all of them, or of each its own. A checkpoint made with another configuration is replaced; a
+    damaged one is reported, kept aside and its model trained again.
     """
-    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
-    paths = [Path(folder) / f"net-{len(train)}-seed-{seed}.safetensors" for seed in seeds]
-    models = [_read_model(train, config, path) for config, path in zip(configs, paths)]
+    trains = [train] * len(seeds) if isinstance(train, ImageData) else list(train)
+    if len(trains) != len(seeds):
+        raise ValueError(f"{len(trains)} data sets for {len(seeds)} seeds: pass one for each seed, or one for all")
+    tasks = [
+        (data, dataclasses.replace(config, seed=seed), Path(folder) / f"net-{data.fingerprint}-seed-{seed}.safetensors")
+        for data, seed in zip(trains, seeds)
+    ]
+    models = [_read_model(*task) for task in tasks]
     left = [i for i, model in enumerate(models) if model is None]
-    tasks = (joblib.delayed(_train_and_save)(train, configs[i], paths[i]) for i in left)
-    finished = joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks)
+    finished = joblib.Parallel(n_jobs=jobs, return_as="generator")(
+        joblib.delayed(_train_and_save)(*tasks[i]) for i in left
+    )
     for model, i in zip(tqdm(finished, "training", len(left), leave=False, unit="model", disable=not left), left):
         models[i] = model
     return [model for model in models if model is not None]
@@ -2120,6 +2147,209 @@ def stability_of(counts: pd.DataFrame, test_index: int, kind: str) -> dict[int, 
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ Experiments: wrong labels, and what finds them                                                               ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def corrupt_labels(
+    labels: Tensor, classes: int, fraction: float, seed: int = 0, swaps: Sequence[tuple[int, int]] = ()
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Labels (n,), round(fraction · n) of them wrong on purpose, and the sorted indices of those.
+
+    Any image may be flipped, to any of the other `classes` with equal chance. With `swaps`, pairs of classes, only
+    images of these classes are, each to the other class of its pair.
+    Raises ValueError for a fraction outside 0..1, a class with no other class to flip to, or too few images to flip.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must lie in 0..1, not {fraction}")
+    _check_labels(labels, classes)
+    partners = _swap_partners(classes, swaps)
+    given, generator = labels.numpy(), np.random.default_rng(seed)
+    eligible = np.flatnonzero(np.isin(given, list(partners))) if partners else np.arange(len(given))
+    count = round(fraction * len(given))
+    if count > len(eligible):
+        raise ValueError(f"{count} labels are to be flipped, but only {len(eligible)} images are of these classes")
+    flipped, wrong = np.sort(generator.choice(eligible, count, replace=False)), given.copy()
+    if partners:
+        wrong[flipped] = [partners[label] for label in given[flipped].tolist()]
+    else:
+        wrong[flipped] = (given[flipped] + generator.integers(1, classes, count)) % classes
+    return torch.from_numpy(wrong), flipped
+
+
+def _swap_partners(classes: int, swaps: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Class → the class that it is swapped with, both ways."""
+    if classes < 2:
+        raise ValueError("there is one class only: its labels have no other class to flip to")
+    for first, second in swaps:
+        if first == second or not (0 <= first < classes and 0 <= second < classes):
+            raise ValueError(f"a swap must name two different classes in 0..{classes - 1}, not {(first, second)}")
+    partners = {a: b for first, second in swaps for a, b in ((first, second), (second, first))}
+    if len(partners) < 2 * len(swaps):
+        raise ValueError(f"each class can be in one swap only, not {tuple(swaps)}")
+    return partners
+
+
+def out_of_fold_probabilities(
+    trains: Sequence[ImageData], config: TrainConfig, folder: str | Path, folds: int = 3, jobs: int = -1
+) -> list[NDArray[np.float32]]:
+    """For each data set (n, C) probabilities of each image, by a model that has not seen it.
+
+    Cross-validation, each fold with its share of every label: `folds` models a data set, trained on the other folds,
+    all `train_models`. Pass all data sets at once, so that no core waits between them.
+    """
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=config.seed)
+    splits = [list(splitter.split(np.zeros(len(train)), train.labels.numpy())) for train in trains]
+    parts = [train.subset(kept) for train, split in zip(trains, splits) for kept, _ in split]
+    models = iter(train_models(parts, config, [config.seed] * len(parts), folder, jobs))
+    probabilities = [np.zeros((len(train), len(train.class_names)), np.float32) for train in trains]
+    for train, split, found in zip(trains, splits, probabilities):
+        for _, left_out in split:
+            found[left_out] = evaluate(next(models), train.subset(left_out)).probabilities.numpy()
+    return probabilities
+
+
+def suspicion_scores(
+    model: nn.Module, train: ImageData, validation: ImageData, probabilities: NDArray[Any], seed: int = 0
+) -> pd.DataFrame:
+    """How suspicious the label of each training image is, by several scores: n rows, larger = more suspicious.
+
+    model was trained on `train`, wrong labels and all; `validation` has labels that can be trusted, and is used by
+    "influence" only; `probabilities` (n, C) are of models that have not seen the image they are of
+    (`out_of_fold_probabilities`), used by the two last. `.attrs["seconds"]`: what each took, trainings left out.
+
+    self-influence (Koh & Liang 2017, section 5.4) · influence: the mean on all of `validation`, negated · gradient norm
+    and loss of the image · margin: largest other logit less that of the label · out of fold: the confidence in the
+    label that the other models have, negated, as cleanlab scores it (Northcutt et al. 2021, arXiv:1911.00068), and
+    confident learning: the same after subtracting the mean confidence of each class.
+    """
+    if probabilities.shape != (len(train), len(train.class_names)):
+        raise ValueError(f"probabilities must be {(len(train), len(train.class_names))}, not {probabilities.shape}")
+    given = train.labels.numpy()
+    ways: dict[str, Callable[[], NDArray[Any]]] = {
+        "random": lambda: np.random.default_rng(seed).random(len(train)),
+        "self-influence": lambda: self_influences(model, train, measure="loss", seed=seed),
+        "influence": lambda: -mean_influences(model, train, validation, measure="loss", seed=seed),
+        "gradient norm": lambda: (len(train) * self_influences(model, train, solver="identity", measure="loss")) ** 0.5,
+        "loss": lambda: evaluate(model, train).losses.numpy(),
+        "margin": lambda: _logit_margins(evaluate(model, train)),
+        "out of fold": lambda: -get_label_quality_scores(given, probabilities),
+        "confident learning": lambda: -get_label_quality_scores(given, probabilities, adjust_pred_probs=True),
+    }
+    table, seconds = pd.DataFrame(index=pd.RangeIndex(len(train), name="index")), {}
+    for name, score in ways.items():
+        start = time.perf_counter()
+        table[name] = score()
+        seconds[name] = time.perf_counter() - start
+    table.attrs["seconds"] = seconds
+    return table
+
+
+def _logit_margins(result: Evaluation) -> NDArray[Any]:
+    """(n,) the largest logit of another class less that of the label: above 0, the model says something else."""
+    own = result.logits.gather(1, result.labels[:, None])[:, 0]
+    others = result.logits.scatter(1, result.labels[:, None], -math.inf)
+    return (others.max(1).values - own).numpy()
+
+
+def detection_curve(suspicion: NDArray[Any], flipped: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What inspecting the most suspicious images first finds: (n + 1,) fraction inspected, fraction of `flipped` found.
+
+    suspicion (n,), larger = more suspicious, ties in the order of the images; flipped: indices of the wrong labels.
+    """
+    wrong = _wrong_mask(suspicion, flipped)
+    found = np.cumsum(wrong[np.argsort(-suspicion, kind="stable")])
+    return np.linspace(0, 1, len(wrong) + 1), np.concatenate([[0.0], found / len(flipped)])
+
+
+def detection_quality(suspicion: NDArray[Any], flipped: NDArray[Any], inspected: float = 0.1) -> dict[str, float]:
+    """ROC AUC and average precision of a suspicion (n,), and the fraction of `flipped` found in the first `inspected`.
+
+    0.5, the share of wrong labels, and `inspected` itself are what guessing gets. (scikit-learn's metrics.)
+    """
+    wrong = _wrong_mask(suspicion, flipped)
+    if not 0 < inspected <= 1:
+        raise ValueError(f"inspected must be a fraction above 0 and at most 1, not {inspected}")
+    if wrong.all():
+        raise ValueError("every label is flipped: there is nothing to tell apart")
+    _, found = detection_curve(suspicion, flipped)
+    return {
+        "ROC AUC": float(roc_auc_score(wrong, suspicion)),
+        "average precision": float(average_precision_score(wrong, suspicion)),
+        "found": float(found[round(inspected * len(wrong))]),
+    }
+
+
+def _wrong_mask(suspicion: NDArray[Any], flipped: NDArray[Any]) -> NDArray[np.bool_]:
+    """(n,) whether each label is flipped; an error when there is nothing to rank by or nothing to find."""
+    if suspicion.ndim != 1 or not np.isfinite(suspicion).all():
+        raise ValueError(f"suspicion must be one finite number an image, not {suspicion.shape} with NaN or infinity")
+    if not len(flipped) or flipped.min() < 0 or flipped.max() >= len(suspicion):
+        raise ValueError(f"flipped must hold at least one index, all in 0..{len(suspicion) - 1}")
+    wrong = np.zeros(len(suspicion), np.bool_)
+    wrong[flipped] = True
+    return wrong
+
+
+def list_suspects(
+    train: ImageData,
+    suspicion: pd.DataFrame,
+    probabilities: NDArray[Any],
+    pairs: pd.DataFrame,
+    by: str,
+    count: int = 500,
+) -> pd.DataFrame:
+    """The `count` images whose label is most suspicious by the score called `by`, one row each, worst first.
+
+    suspicion: of `suspicion_scores`; probabilities (n, C): of models that have not seen the image; pairs: of
+    `near_duplicates`. Columns: index (torchvision's), given and suggested label, probability of each (0..1), score,
+    reason in plain words, and the rank (1 = most suspicious) under every score, as in "rank loss".
+    """
+    chosen = np.argsort(-suspicion[by].to_numpy(), kind="stable")[:count]
+    given, suggested = train.labels.numpy()[chosen], probabilities[chosen].argmax(1)
+    names = np.array(train.class_names)
+    table = pd.DataFrame({"index": chosen, "given": names[given], "suggested": names[suggested]})
+    table["given_probability"] = probabilities[chosen, given].round(4)
+    table["suggested_probability"] = probabilities[chosen, suggested].round(4)
+    table["score"] = suspicion[by].to_numpy()[chosen]
+    twins = _twins_with_another_label(pairs)
+    table["reason"] = [_reason(row, twins) for _, row in table.iterrows()]
+    ranks = suspicion.rank(ascending=False, method="first").astype(int).iloc[chosen].add_prefix("rank ")
+    return pd.concat([table, ranks.reset_index(drop=True)], axis=1)
+
+
+def _twins_with_another_label(pairs: pd.DataFrame) -> dict[int, str]:
+    """Training index → "train #7, a cat", its near-duplicate with another label."""
+    differing = pairs[pairs["label_a"] != pairs["label_b"]]
+    sides = (("a", "b"), ("b", "a"))
+    return {
+        int(pair[f"index_{one}"]): f"{pair[f'set_{other}']} #{pair[f'index_{other}']}, a {pair[f'label_{other}']}"
+        for _, pair in differing.iterrows()
+        for one, other in sides
+        if pair[f"set_{one}"] == "train"
+    }
+
+
+def _reason(suspect: pd.Series, twins: Mapping[int, str], sure: float = 0.8) -> str:
+    """Why a label is suspicious, from what is known without looking at the image."""
+    if twin := twins.get(int(suspect["index"])):
+        return f"near-duplicate of {twin}"
+    if suspect["suggested"] == suspect["given"]:
+        return "unusual: the label is believed, but the image is hard"
+    if suspect["suggested_probability"] >= sure:
+        return f"wrong label? looks like a {suspect['suggested']}"
+    return f"ambiguous: {suspect['suggested']} or another"
+
+
+def mean_interval(values: Sequence[float] | NDArray[Any]) -> tuple[float, float]:
+    """Mean of independent runs and the half-width of its 95 % interval (Student's t: wide for few runs)."""
+    if len(values) < 2:
+        raise ValueError("an interval needs at least two runs")
+    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(np.mean(values)), float(student_t.ppf(0.975, len(values) - 1)) * spread
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ Plots: helpers take an axes and return it; nothing here computes an influence                                ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
@@ -2241,8 +2471,13 @@ def plot_score_histogram(ax: Axes, scores: NDArray[Any], own: NDArray[np.bool_],
     for chosen, label, colour in ((~own, "other labels", "#BBBBBB"), (own, "own label", HELPFUL_COLOUR)):
         clipped = scores[chosen].clip(-limit, limit)
         ax.hist(clipped, bins=bins, histtype="stepfilled", alpha=0.8, label=label, color=colour)
-    ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yscale("log")
+    return _small_panel(ax, title)
+
+
+def _small_panel(ax: Axes, title: str) -> Axes:
+    """A histogram of scores, small enough to stand beside others: zero marked, small letters."""
+    ax.axvline(0, color="black", linewidth=0.8)
     ax.set_title(title, fontsize=8)
     ax.tick_params(labelsize=6)
     ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
@@ -2464,6 +2699,60 @@ def plot_quality_against_time(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> Ax
             row["method"], (row["seconds"], row["lds"]), (4, 3), textcoords="offset points", fontsize=6.5, color=colour
         )
     ax.set(xscale="log", xlabel="seconds for all test images", ylabel="LDS")
+    return ax
+
+
+SCORE_COLOURS = {
+    "self-influence": HELPFUL_COLOUR,
+    "influence": "#56B4E9",
+    "gradient norm": "#009E73",
+    "loss": HARMFUL_COLOUR,
+    "margin": "#E69F00",
+    "out of fold": "#CC79A7",
+    "confident learning": "#882255",
+    "random": "#777777",
+}
+
+
+def plot_detection(ax: Axes, curves: Mapping[str, Sequence[tuple[NDArray[Any], NDArray[Any]]]]) -> Axes:
+    """Share of the wrong labels found against the share of images inspected, by name of the score: mean of its runs.
+
+    curves: name → one `detection_curve` for each run, all of one length. Influence is drawn as a thicker line.
+    """
+    for name, runs in curves.items():
+        width, style = (2.2 if "influence" in name else 1.2), (":" if name == "random" else "-")
+        found = np.mean([found for _, found in runs], axis=0)
+        ax.plot(100 * runs[0][0], 100 * found, color=SCORE_COLOURS[name], linewidth=width, linestyle=style, label=name)
+    ax.set(xlabel="images inspected (%)", ylabel="wrong labels found (%)", xlim=(0, 50), ylim=(0, 101))
+    return ax
+
+
+def plot_flipped_histogram(ax: Axes, influence: NDArray[Any], wrong: NDArray[np.bool_], title: str) -> Axes:
+    """Influence of images with a `wrong` label and of all others: the share of each group in each bin."""
+    limit = float(np.quantile(np.abs(influence), 0.99))
+    bins = np.linspace(-limit, limit, 41)
+    for chosen, label, colour in ((~wrong, "label right", HELPFUL_COLOUR), (wrong, "label flipped", HARMFUL_COLOUR)):
+        clipped = influence[chosen].clip(-limit, limit)
+        weights = np.full(len(clipped), 1 / max(len(clipped), 1))
+        ax.hist(clipped, bins=bins.tolist(), weights=weights, alpha=0.6, label=label, color=colour)
+    return _small_panel(ax, title)
+
+
+def plot_repair(ax: Axes, outcomes: pd.DataFrame, levels: Mapping[str, float]) -> Axes:
+    """Test accuracy against the share of images inspected, a line a score: mean of the runs ± standard error.
+
+    outcomes: columns score, inspected (0..1), accuracy (0..1), a row each run; levels: horizontal lines by name.
+    """
+    for name, rows in outcomes.groupby("score", sort=False):
+        runs = rows.groupby("inspected")["accuracy"]
+        error = 100 * runs.std() / runs.size() ** 0.5
+        colour = SCORE_COLOURS[str(name)]
+        ax.errorbar(
+            100 * error.index, 100 * runs.mean(), error, color=colour, marker="o", markersize=3, capsize=2, label=name
+        )
+    for (name, level), style in zip(levels.items(), ("--", ":", "-.")):
+        ax.axhline(100 * level, color="black", linewidth=0.8, linestyle=style, label=name)
+    ax.set(xlabel="images inspected (%)", ylabel="test accuracy (%)")
     return ax
 
 

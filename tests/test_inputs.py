@@ -36,7 +36,7 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"train": (IMAGES[:0], LABELS[:0])}, "train is empty"),
         ({"test": (IMAGES[:0], LABELS[:0])}, "test is empty"),
         ({"train": (IMAGES, LABELS[:3])}, "6 images but 3 labels"),
-        ({"train": (IMAGES, LABELS + 5)}, r"labels must lie in 0\.\.9: the model has 10 outputs; found 5\.\.10"),
+        ({"train": (IMAGES, LABELS + 5)}, r"labels must lie in 0\.\.9, for 10 classes \(outputs\); found 5\.\.10"),
         ({"test": (IMAGES, LABELS - 1)}, "found -1"),
         ({"train": (IMAGES, LABELS.float())}, "labels must be whole numbers"),
         ({"train": (IMAGES[:, :1], LABELS)}, r"the model refuses images of shape \(1, 32, 32\)"),

@@ -290,3 +290,14 @@ def test_a_table_is_made_once_and_only_used_for_what_it_was_made_for(tmp_path, c
     path.write_bytes(b"# purpose two\n\xff\xfe")
     assert ns.read_or_make_table(path, make, "purpose two").equals(first)
     assert "damaged" in capsys.readouterr().out
+
+
+def test_models_of_several_data_sets_are_trained_on_their_own(little, tmp_path):
+    train, _ = little
+    halves = [train.subset(range(50)), train.subset(range(50, 100))]
+    found = ns.train_models(halves, CONFIG, [7, 7], tmp_path, jobs=1)
+    for half, model in zip(halves, found):
+        expected = ns.train_once(half, dataclasses.replace(CONFIG, seed=7))
+        assert torch.equal(model.fc3.bias, expected.fc3.bias)
+    with pytest.raises(ValueError, match="2 data sets for 3 seeds"):
+        ns.train_models(halves, CONFIG, [1, 2, 3], tmp_path)
