@@ -53,7 +53,11 @@ class TestNotebook:
 
     def test_it_imports_nothing_else_of_ours(self, path):
         imports = re.findall(r"^\s*(?:import|from) (\w+)", sources(path, "code"), re.M)
-        ours = {file.stem for file in ROOT.rglob("*.py") if ".venv" not in file.parts} - {"notebook_support"}
+        ours = {
+            file.stem
+            for file in ROOT.rglob("*.py")
+            if not any(part.startswith(".") for part in file.relative_to(ROOT).parts)
+        } - {"notebook_support"}
         assert not ours & set(imports)
 
     def test_it_was_run_on_the_real_data_in_full(self, path):
