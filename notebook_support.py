@@ -58,6 +58,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from pytorch_influence_functions import calc_influence_function as package
 from safetensors import SafetensorError, safe_open
@@ -3174,16 +3175,42 @@ def plot_quality_against_time(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> Ax
 
     rows: mappings with method, lds, low, high, seconds.
     """
-    for row in sorted(rows, key=lambda row: row["seconds"]):
-        ours = row["method"].startswith("ours")
-        colour = HELPFUL_COLOUR if ours else HARMFUL_COLOUR
+    ax.set(xscale="log", xlabel="seconds for all test images", ylabel="LDS")
+    for row in rows:
+        colour = HELPFUL_COLOUR if row["method"].startswith("ours") else HARMFUL_COLOUR
         spread = [[row["lds"] - row["low"]], [row["high"] - row["lds"]]]
         ax.errorbar(row["seconds"], row["lds"], spread, color=colour, marker="o", markersize=4, elinewidth=0.8)
-        ax.annotate(
-            row["method"], (row["seconds"], row["lds"]), (4, 3), textcoords="offset points", fontsize=6.5, color=colour
-        )
-    ax.set(xscale="log", xlabel="seconds for all test images", ylabel="LDS")
+    ax.margins(x=0.12)
+    _label_points(ax, {row["method"]: (row["seconds"], row["lds"]) for row in rows})
     return ax
+
+
+def _label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name beside its point, where it covers no point and no other name."""
+    ax.figure.canvas.draw()  # positions on the paper are known only now
+    places = [tuple(ax.transData.transform(point)) for point in points.values()]
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in places]
+    options = [(x, y) for y in (0, 9, -9, 18, -18, 27, -27, 36, -36) for x in (6, -6)]
+    for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
+        for x, y in options:
+            label = ax.annotate(
+                name,
+                point,
+                (x, y),
+                textcoords="offset points",
+                fontsize=6.5,
+                ha="left" if x > 0 else "right",
+                va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#777777"} if abs(y) > 9 else None,
+            )
+            label.set_in_layout(False)  # or the axes would shrink, and the points move
+            box = label.get_window_extent()
+            inside = box.x0 > ax.bbox.x0 and box.x1 < ax.figure.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            if (x, y) != options[-1]:
+                label.remove()
+        taken.append(box)
 
 
 SCORE_COLOURS = {
