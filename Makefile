@@ -6,7 +6,7 @@ BENCH := .bench-venv
 NOTEBOOKS := $(wildcard *.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test render lab bench lint clean
+.PHONY: help run test render slides lab bench lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -29,6 +29,9 @@ test: $(VENV)/.dev  ## run every test, and every notebook in fast mode
 
 render: $(VENV)/.run  ## execute every committed notebook in place, in full, with all figures and results
 	$(BIN)/python tools/execute.py $(NOTEBOOKS)
+
+slides: $(VENV)/.dev  ## build presentation.pdf from images/ and data/results.json
+	$(BIN)/python tools/slides.py
 
 lab: $(VENV)/.run  ## open JupyterLab
 	$(BIN)/python -m jupyter lab

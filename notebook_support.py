@@ -27,6 +27,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -39,7 +40,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
@@ -169,6 +170,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    """Rename a damaged cache file, and say so: it is never trusted and never thrown away."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    print(f"{path} is damaged ({error}); kept as {aside.name}, and what was in it is computed again")
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -893,6 +901,11 @@ class _Source:
 
 def _as_source(data: Any, role: str) -> _Source:
     """Wrap what the caller passed; ValueError when it is empty or of no known kind."""
+    if isinstance(data, _Source):
+        return data
+    collate: Callable[[list[Any]], Any] = default_collate
+    if isinstance(data, DataLoader):  # its batches may be shuffled; its data set keeps the order, and so the indices
+        data, collate = data.dataset, data.collate_fn
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         images, labels = data
         if len(images) != len(labels):
@@ -901,11 +914,11 @@ def _as_source(data: Any, role: str) -> _Source:
     elif isinstance(data, ImageData):
         source = _Source(len(data), data.batch)
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        source = _Source(len(data), lambda chosen: tuple(default_collate([data[int(i)] for i in chosen])))
+        source = _Source(len(data), lambda chosen: tuple(collate([data[int(i)] for i in chosen])))
     else:
         raise ValueError(
-            f"{role} must be a pair of tensors (images, labels) or a map-style data set, not {type(data).__name__}; "
-            "for a DataLoader pass its .dataset"
+            f"{role} must be a pair of tensors (images, labels), a map-style data set or a DataLoader of one, "
+            f"not {type(data).__name__}"
         )
     if source.size == 0:
         raise ValueError(f"{role} is empty: influence needs at least one image")
@@ -921,6 +934,10 @@ class _Problem:
     train: _Source
     settings: InfluenceSettings
     classes: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
 
     @property
     def measure(self) -> Measure:
@@ -1193,6 +1210,14 @@ class _LissaSolver:
         tops = [_largest_curvature(problem, batch) for batch in [problem.sample, *(self.draw() for _ in range(4))]]
         self.largest = tops[0]
         self.scale = problem.settings.scale or 2 * (max(tops) + problem.damping)
+
+    def changed(self, **changes: int) -> _LissaSolver:
+        """The same solver, its scale and its eigenvalues, with other settings and fresh random numbers."""
+        other = copy.copy(self)
+        settings = dataclasses.replace(self.problem.settings, **changes)
+        other.problem = dataclasses.replace(self.problem, settings=settings)
+        other.generator = torch.Generator().manual_seed(settings.seed)
+        return other
 
     def draw(self) -> Tensor:
         """Indices of a random batch of the curvature's sample; all of it when the batch is as large."""
@@ -1567,9 +1592,17 @@ class Influences:
 
     @classmethod
     def load(cls, path: str | Path) -> Influences:
-        """Read what `save` wrote; CorruptFileError names a file that is damaged or not one of ours."""
+        """Read what `save` wrote, or a results file (.json) of pytorch_influence_functions, ours or the original's.
+
+        In such a file influences have the opposite sign: they are turned. Where its helpful and harmful lists are
+        swapped, as the original swaps them, a warning says so; ranks here follow the scores, never its lists. It does
+        not say what the labels of the training images are: train_labels are −1.
+        CorruptFileError names a file that is damaged or neither of the two.
+        """
         if not Path(path).exists():
             raise FileNotFoundError(f"no influences at {path}; compute them with compute_influences(...).save(path)")
+        if Path(path).suffix == ".json":
+            return _load_package_results(Path(path))
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -1579,6 +1612,29 @@ class Influences:
             raise CorruptFileError(
                 f"{path} is damaged or not from Influences.save ({error}); compute it again"
             ) from error
+
+
+def _load_package_results(path: Path) -> Influences:
+    """A results file of the package: test index → label, influence, harmful, helpful."""
+    try:
+        entries = {int(index): entry for index, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+        scores = -np.array([entry["influence"] for entry in entries.values()], dtype=np.float32)
+        labels = np.array([entry["label"] for entry in entries.values()], dtype=np.int64)
+        first = [(entry["harmful"][0], entry["helpful"][0]) for entry in entries.values()]
+        if scores.ndim != 2 or not np.isfinite(scores).all():
+            raise ValueError("its influences are not as many finite numbers for each test image")
+        swapped = sum(row[harmful] > row[helpful] for row, (harmful, helpful) in zip(scores, first))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{path} is no results file of pytorch_influence_functions ({error!r})") from error
+    if swapped:
+        warnings.warn(
+            f"{path}: helpful and harmful are swapped in {swapped} of {len(entries)} test images, as "
+            "pytorch_influence_functions does; put right here (positive = helpful)",
+            stacklevel=3,
+        )
+    health = Health("pytorch_influence_functions", math.nan, math.nan, None, 0, 0)
+    unknown = np.full(scores.shape[1], -1)
+    return Influences(scores, np.array(list(entries)), labels, unknown, {"file": path.name}, health)
 
 
 def _settings(settings: InfluenceSettings | None, changes: Mapping[str, Any]) -> InfluenceSettings:
@@ -1762,6 +1818,441 @@ def run_package(
         end = time.perf_counter()
     values = np.array([float(value) for value in influence])
     return PackageRun(values, np.array(harmful), np.array(helpful), middle - start, end - middle)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ The package's interface, delivered: its configuration and its test images                                    ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+CALC_METHODS = ("img_wise", "all_grad_then_test")
+
+
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """What pytorch_influence_functions calls `config`: its keys, with the defaults and the meaning of its manual.
+
+    outdir          folder of the result files; it is made when it does not exist
+    save_pth        folder to keep s_test and gradients in (see `calc_all_grad_then_test`), or None
+    log_filename    file that the log is also written to, or None (see `init_logging`)
+    seed            of everything that is sampled;  gpu: −1 for the CPU, else the number of the GPU
+    calc_method     "img_wise" or "all_grad_then_test": which of the two `calc_influences` calls
+    num_classes     of the test data, for the choice of as many images of each
+    test_sample_num   test images a class, or False: all of them
+    test_sample_start_per_class   the first of each class to take, or False: from 0; with `test_sample_num` only
+    test_start_index  the first test image when all are taken; with `test_sample_num` the same as the line above
+    recursion_depth, r_averaging, damp, scale   of solver "lissa": steps, averaged runs, λ (never multiplied by the
+                    scale here) and divisor of a step (None: from the largest eigenvalue)
+    progress        False: not a sign on the terminal;  jobs: test images at once, each in a process of its own
+    solver          "lissa", as the package means it, or "kernel": direct, faster, nothing to choose but λ; "cg"
+    report          what `tuned` found
+    """
+
+    outdir: str | Path = "outdir"
+    save_pth: str | Path | None = None
+    log_filename: str | Path | None = None
+    seed: int = 42
+    gpu: int = -1
+    calc_method: str = "img_wise"
+    num_classes: int = 10
+    test_sample_start_per_class: int | bool = False
+    test_sample_num: int | bool = False
+    test_start_index: int | bool = False
+    recursion_depth: int = 5000
+    r_averaging: int = 1
+    damp: float | None = 0.01
+    scale: float | None = 25.0
+    progress: bool = True
+    jobs: int = 1
+    solver: str = "lissa"
+    report: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "recursion_depth", "r_averaging"):
+            _check_count(name, getattr(self, name), 1)
+        for name in ("test_sample_start_per_class", "test_sample_num", "test_start_index"):
+            if getattr(self, name) is not False:
+                _check_count(name, getattr(self, name), int(name == "test_sample_num"))
+        if self.calc_method not in CALC_METHODS:
+            raise ValueError(f"unknown calc_method {self.calc_method!r}: use one of {', '.join(CALC_METHODS)}")
+        if not isinstance(self.gpu, int) or self.gpu < -1:
+            raise ValueError(f"gpu must be −1 (the CPU) or the number of a GPU, not {self.gpu!r}")
+        starts = [n for n in (self.test_sample_start_per_class, self.test_start_index) if n is not False]
+        if self.test_sample_num and len(set(starts)) > 1:
+            raise ValueError("test_sample_start_per_class and test_start_index both say where to start, and differ")
+        if not self.test_sample_num and self.test_sample_start_per_class:
+            raise ValueError("test_sample_start_per_class needs test_sample_num: how many images of each class")
+        self.settings()  # the engine checks damp, scale, solver and jobs
+
+    @classmethod
+    def from_package(cls, config: Mapping[str, Any]) -> InfluenceConfig:
+        """The configuration in a dict of the package, such as its `get_default_config()` returns.
+
+        A key that is missing, or None where it must not be, has the manual's default. "dataset" is dropped, since
+        nothing depends on it. ValueError names a key that is not known.
+        """
+        fields = {entry.name for entry in dataclasses.fields(cls)}
+        if unknown := set(config) - fields - {"dataset"}:
+            raise ValueError(f"unknown key {', '.join(sorted(unknown))}; there are {', '.join(sorted(fields))}")
+        optional = {"save_pth", "log_filename"}
+        given = {
+            key: value for key, value in config.items() if key in fields and (value is not None or key in optional)
+        }
+        return cls(**given)
+
+    @property
+    def start(self) -> int:
+        """Where the test images begin, within each class or in all."""
+        return int(self.test_sample_start_per_class or self.test_start_index or 0)
+
+    @property
+    def file_stem(self) -> str:
+        """`<start>_<number>` as the package names its files, "False" for all images."""
+        return f"{self.start}_{self.test_sample_num}"
+
+    def settings(self, batch_size: int = InfluenceSettings.batch_size) -> InfluenceSettings:
+        """The same for the engine; batch_size: of the training loader. The measure is the loss, as in the package."""
+        return InfluenceSettings(
+            solver=self.solver,
+            measure="loss",
+            damping=self.damp,
+            iterations=self.recursion_depth,
+            batch_size=batch_size,
+            scale=self.scale,
+            repeats=self.r_averaging,
+            jobs=self.jobs,
+            device="cpu" if self.gpu < 0 else f"cuda:{self.gpu}",
+            seed=self.seed,
+        )
+
+    def tuned(self, model: nn.Module, data: Any, tolerance: float = 0.1) -> InfluenceConfig:
+        """This configuration with the scale that the model needs, and no more steps than it needs; says so in `report`.
+
+        scale comes from the largest eigenvalue of the curvature of `data` (the training images, or their loader).
+        recursion_depth and r_averaging are doubled from small, never above what they were, until the residual of the
+        solutions for four training images is below `tolerance` or twice the steps hardly lower it.
+        """
+        if self.solver != "lissa":
+            return dataclasses.replace(self, report=f"solver {self.solver!r} has no scale, depth or r to tune")
+        problem = _make_problem(model, data, dataclasses.replace(self.settings(_batch_size(data)), scale=None))
+        solver = _LissaSolver(problem)
+        probes, _ = _test_gradients(problem, problem.train, problem.sample[:4])
+        depth, depths = _enough(solver, probes, "iterations", self.recursion_depth, tolerance)
+        solver = solver.changed(iterations=depth)
+        repeats, averages = _enough(solver, probes, "repeats", self.r_averaging, tolerance)
+        lines = [
+            f"scale {self.scale} → {solver.scale:.4g}: twice the largest eigenvalue met, {solver.scale / 2:.4g}",
+            f"recursion_depth {self.recursion_depth} → {depth}: residual by depth {depths}",
+            f"r_averaging {self.r_averaging} → {repeats}: residual by r {averages}",
+        ]
+        return dataclasses.replace(
+            self, scale=solver.scale, recursion_depth=depth, r_averaging=repeats, report="\n".join(lines)
+        )
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _batch_size(data: Any) -> int:
+    """Images a step of the recursion: those of the loader, where there is one."""
+    return getattr(data, "batch_size", None) or InfluenceSettings.batch_size
+
+
+def _enough(
+    solver: _LissaSolver, probes: Tensor, name: str, most: int, tolerance: float
+) -> tuple[int, dict[int, float]]:
+    """The smallest setting `name` (doubled from 1/64 of `most`) that is as good as needed; residuals on the way."""
+    residuals: dict[int, float] = {}
+    value = max(1, most // 64)
+    while True:
+        residuals[value] = round(solver.changed(**{name: value}).solve(probes)[1].residual, 4)
+        before = residuals.get(value // 2, math.inf)
+        if residuals[value] <= tolerance or value >= most or residuals[value] > 0.95 * before:
+            return min(residuals, key=lambda tried: residuals[tried]), residuals
+        value = min(2 * value, most)
+
+
+LOG = logging.getLogger("influence")
+KEPT_RANKS = 500  # of the harmful and the helpful ones in a results file, as in the package
+BLOCK = 500  # test images solved at once: m·p numbers are held
+SHARD = 1000  # training gradients a file
+
+
+def init_logging(filename: str | Path | None = None) -> None:
+    """Send the log to the terminal, and to `filename` as well when it is given."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if filename:
+        handlers.append(logging.FileHandler(filename))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
+    LOG.handlers = handlers
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+
+
+def get_default_config() -> dict[str, Any]:
+    """The defaults of the manual as a dict, as in the package; `InfluenceConfig.from_package` checks it."""
+    config = asdict(InfluenceConfig())
+    del config["report"]
+    return config
+
+
+def calc_img_wise(
+    config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train_loader: Any, test_loader: Any
+) -> tuple[dict[str, Any], list[int], list[int]]:
+    """Influence of all training images, one test image after the other (`config.jobs` at once).
+
+    config: an `InfluenceConfig`, or a dict of the package; loaders: DataLoaders of map-style data sets, of any batch
+    size, shuffled or not: indices always count the data set. Returns (influences, harmful, helpful): the content of the
+    results file, and all training indices by their mean harm and mean help, most first.
+
+    influences: by test index (a string) label, num_in_dataset, time_calc_influence_s, influence (n numbers with the
+    sign of the package, −I: positive = harmful), and the 500 most harmful and most helpful indices, rightly named.
+    Written to `<outdir>/influence_results_<start>_<number>.json`, with the configuration in
+    `influences_results_meta_<start>-<number>.json`. A run that was killed goes on after its last finished test image;
+    results of another configuration, model or data set are never mixed in, but renamed.
+    """
+    return _Run.prepare(config, model, train_loader, test_loader).finish(block=1, stored=False)
+
+
+def calc_influences(
+    config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train_loader: Any, test_loader: Any
+) -> tuple[dict[str, Any], list[int], list[int]]:
+    """Whichever of the two modes `calc_method` names."""
+    own = config if isinstance(config, InfluenceConfig) else InfluenceConfig.from_package(config)
+    mode = {"img_wise": calc_img_wise, "all_grad_then_test": calc_all_grad_then_test}[own.calc_method]
+    return mode(own, model, train_loader, test_loader)
+
+
+def calc_all_grad_then_test(
+    config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train_loader: Any, test_loader: Any
+) -> tuple[dict[str, Any], list[int], list[int]]:
+    """The same numbers as `calc_img_wise` (to 1e-5), many test images at a time: faster, the more there are.
+
+    Without `save_pth` nothing is kept and nothing is held: each training gradient is used for a block of test images
+    and forgotten. With it, two folders of safetensors files are written there and used again by any later call:
+
+        s_test/<test index>.safetensors     "s_test" (p,)         4·p bytes a test image
+        grad_z/<first>-<last>.safetensors   "grad_z" (rows, p)    4·p bytes a training image: n·p·4 in all
+
+    That is 12.4 GB for 62,006 parameters and 50,000 images; and it pays only where reading is faster than computing
+    again, which is rarely so. The header names the model, the data and the settings; files of others are refused.
+    """
+    run = _Run.prepare(config, model, train_loader, test_loader)
+    return run.finish(block=BLOCK, stored=run.config.save_pth is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One call of the package's interface: what is asked, and where each finished test image is kept."""
+
+    config: InfluenceConfig
+    model: nn.Module
+    train: _Source
+    test: _Source
+    settings: InfluenceSettings
+    chosen: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    keys: dict[str, str]
+
+    @classmethod
+    def prepare(cls, config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train: Any, test: Any) -> _Run:
+        """Check everything, choose the test images, and name the run by what it is made of."""
+        own = config if isinstance(config, InfluenceConfig) else InfluenceConfig.from_package(config)
+        settings = own.settings(_batch_size(train))
+        sources = _as_source(train, "train_loader"), _as_source(test, "test_loader")
+        (train_sum, _), (test_sum, labels) = (_checksum(source) for source in sources)
+        weights = zlib.crc32(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values()))
+        gradients = f"{type(model).__name__}-{weights:08x}-{train_sum}"
+        about = {**settings.describe(), "jobs": 0}  # how many at once changes nothing
+        solved = f"{gradients}-{test_sum}-{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}"
+        keys = {"grad_z": gradients, "s_test": solved}
+        return cls(own, model, *sources, settings, _choose_tests(own, labels), labels, keys)
+
+    def finish(self, block: int, stored: bool) -> tuple[dict[str, Any], list[int], list[int]]:
+        """Compute what is left in blocks of test images, put everything together, write it."""
+        with self.logging():
+            LOG.info("running on %s test images", len(self.chosen))
+            left = [int(i) for i in self.chosen if self.read_part(i) is None]
+            blocks = [left[start : start + block] for start in range(0, len(left), block)]
+            jobs = self.config.jobs if block == 1 else 1
+            finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(
+                joblib.delayed(self.compute)(part, stored) for part in blocks
+            )
+            hidden = not (self.config.progress and blocks)
+            for indices in tqdm(finished, "influence", len(blocks), leave=False, disable=hidden):
+                LOG.info("finished test image %s", ", ".join(map(str, indices)))
+            return self.assemble()
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """The log to `log_filename` for the time of this run, and to the terminal as `init_logging` set it up."""
+        if not self.config.log_filename:
+            yield
+            return
+        Path(self.config.log_filename).parent.mkdir(parents=True, exist_ok=True)
+        handler, level = logging.FileHandler(self.config.log_filename), LOG.level
+        handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
+        LOG.addHandler(handler)
+        LOG.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            LOG.removeHandler(handler)
+            LOG.setLevel(level)
+            handler.close()
+
+    @property
+    def folder(self) -> Path:
+        """Where finished test images wait for the rest; its name belongs to this very run."""
+        return Path(self.config.outdir) / f"unfinished-{zlib.crc32(self.keys['s_test'].encode()):08x}"
+
+    def part(self, index: int) -> Path:
+        return self.folder / f"{index}.json"
+
+    def read_part(self, index: int) -> dict[str, Any] | None:
+        """A finished test image; None when it is not, or damaged (which is reported, and kept aside)."""
+        if not self.part(index).exists():
+            return None
+        try:
+            return json.loads(self.part(index).read_text(encoding="utf-8"))
+        except ValueError as error:
+            _set_aside(self.part(index), error)
+            return None
+
+    def compute(self, indices: list[int], stored: bool) -> list[int]:
+        """Score a block of test images, and keep each in a file of its own."""
+        start = time.perf_counter()
+        if self.config.save_pth is None:
+            scores = compute_influences(self.model, self.train, self.test, indices, self.settings).scores
+        else:
+            scores = self.scores_kept(torch.tensor(indices), stored)
+        seconds = (time.perf_counter() - start) / len(indices)
+        for index, row in zip(indices, scores):
+            about = {"label": int(self.labels[index]), "num_in_dataset": index, "time_calc_influence_s": seconds}
+            ranked = np.argsort(row, kind="stable")
+            named = {"harmful": ranked[:KEPT_RANKS].tolist(), "helpful": ranked[::-1][:KEPT_RANKS].tolist()}
+            with atomic_path(self.part(index)) as temporary:
+                temporary.write_text(json.dumps({**about, "influence": (-row).tolist(), **named}), encoding="utf-8")
+        return indices
+
+    def scores_kept(self, indices: Tensor, stored: bool) -> NDArray[Any]:
+        """(k, n) scores by way of files in `save_pth`: s_test always, the training gradients when `stored`."""
+        problem = _make_problem(self.model, self.train, self.settings)
+        directions = self.directions(problem, indices)
+        if not stored:
+            return _score(problem, _direction_scorer(problem, _fast_layers(problem), directions))[0]
+        parts = [directions @ rows.T for rows in self.gradients(problem)]
+        return (torch.cat(parts, dim=1) / problem.train.size).cpu().numpy()
+
+    def directions(self, problem: _Problem, indices: Tensor) -> Tensor:
+        """(k, p) s_test of the test images: from their files, or solved and written there."""
+        folder = Path(self.config.save_pth or "") / "s_test"
+        files = {int(i): folder / f"{int(i)}.safetensors" for i in indices}
+        missing = torch.tensor([i for i, file in files.items() if not file.exists()], dtype=torch.long)
+        if len(missing):
+            solved, _ = _make_solver(problem).solve(_test_gradients(problem, self.test, missing)[0])
+            for i, row in zip(missing.tolist(), solved):
+                self.write_kept(files[i], "s_test", row)
+        return torch.stack([self.read_kept(file, "s_test") for file in files.values()]).to(problem.device)
+
+    def gradients(self, problem: _Problem) -> Iterator[Tensor]:
+        """Chunks (≤ SHARD, p) of the training gradients: from their files, or computed and written there."""
+        folder = Path(self.config.save_pth or "") / "grad_z"
+        for chosen in torch.arange(problem.train.size).split(SHARD):
+            file = folder / f"{int(chosen[0])}-{int(chosen[-1])}.safetensors"
+            if not file.exists():
+                rows = [problem.gradients(*batch) for batch in problem.batches(problem.train, chosen)]
+                self.write_kept(file, "grad_z", torch.cat(rows))
+            yield self.read_kept(file, "grad_z").to(problem.device)
+
+    def write_kept(self, file: Path, kind: str, tensor: Tensor) -> None:
+        size, free = tensor.numel() * tensor.element_size(), shutil.disk_usage(Path(self.config.save_pth or ".").anchor)
+        if size > free.free:
+            raise OSError(f"no room for {file} ({size / 1e9:.1f} GB); choose another save_pth, or None")
+        with atomic_path(file) as temporary:
+            save_file({kind: tensor.cpu().contiguous()}, str(temporary), metadata={"made_with": self.keys[kind]})
+
+    def read_kept(self, file: Path, kind: str) -> Tensor:
+        """The tensor in `file`; ValueError when it is of another model, data set or configuration."""
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                made_with, tensor = (content.metadata() or {}).get("made_with"), content.get_tensor(kind)
+        except SafetensorError as error:
+            raise CorruptFileError(f"{file} is damaged ({error}); delete it, and it is computed again") from error
+        if made_with != self.keys[kind]:
+            raise ValueError(
+                f"{file} is of another model, data set or configuration; choose another save_pth, or delete the file"
+            )
+        return tensor
+
+    def assemble(self) -> tuple[dict[str, Any], list[int], list[int]]:
+        """All test images in one file, the configuration in another; both as the package calls them."""
+        influences = {str(i): json.loads(self.part(int(i)).read_text(encoding="utf-8")) for i in self.chosen}
+        outdir, stem = Path(self.config.outdir), self.config.file_stem
+        results = outdir / f"influence_results_{stem}.json"
+        meta = outdir / f"influences_results_meta_{stem.replace('_', '-')}.json"
+        about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.config).items()}
+        about |= {"test_sample_index_list": self.chosen.tolist(), "made_with": self.keys["s_test"]}
+        for path, content in ((results, influences), (meta, about)):
+            _keep_previous(path)
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        shutil.rmtree(self.folder)
+        mean = np.mean([entry["influence"] for entry in influences.values()], axis=0)
+        ranked = np.argsort(-mean, kind="stable")
+        return influences, ranked.tolist(), ranked[::-1].tolist()
+
+
+def _keep_previous(path: Path) -> None:
+    """Rename a result that is already there, with the time it was written at, as the package does."""
+    if path.exists():
+        written = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(path.stat().st_mtime))
+        path.replace(path.with_name(f"{path.stem}_{written}{path.suffix}"))
+
+
+def _checksum(source: _Source) -> tuple[str, NDArray[np.int64]]:
+    """Size and checksum of all images and labels of a data set, and the labels (n,)."""
+    total, labels = 0, []
+    for chosen in torch.arange(source.size).split(LOOK_CHUNK):
+        images, given = source.batch(chosen)
+        total = zlib.crc32(given.numpy().tobytes(), zlib.crc32(np.ascontiguousarray(images.numpy()).data, total))
+        labels.append(given.numpy())
+    return f"{source.size}-{total:08x}", np.concatenate(labels)
+
+
+def _choose_tests(config: InfluenceConfig, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of the test images asked for: as many of each class, class by class, or all from a start on."""
+    if config.test_sample_num is False:
+        if config.start >= len(labels):
+            raise ValueError(f"test_start_index must lie in 0..{len(labels) - 1}, not {config.start}")
+        return np.arange(config.start, len(labels))
+    wanted = slice(config.start, config.start + int(config.test_sample_num))
+    chosen = [np.flatnonzero(labels == label)[wanted] for label in range(config.num_classes)]
+    for label, found in enumerate(chosen):
+        if len(found) < config.test_sample_num:
+            raise ValueError(
+                f"class {label} has fewer than {wanted.stop} test images; lower test_sample_num, "
+                "test_sample_start_per_class or num_classes"
+            )
+    return np.concatenate(chosen)
+
+
+def influential_loader(
+    influence: NDArray[Any], train: Any, share: float, batch_size: int = 128, seed: int = 0
+) -> DataLoader[Any]:
+    """A shuffled DataLoader of the most influential samples only: the `share` (0..1] of `train` that helps most.
+
+    influence (n,): `Influences.mean()`, a row of its scores, or any number where larger is better.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be a fraction above 0 and at most 1, not {share}")
+    if influence.shape != (len(train),):
+        raise ValueError(f"influence must be one number a training image, ({len(train)},), not {influence.shape}")
+    best = np.argsort(-influence, kind="stable")[: max(1, round(share * len(train)))]
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(Subset(train, best.tolist()), batch_size, shuffle=True, generator=generator)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1953,13 +2444,6 @@ def _read_model(train: ImageData, config: TrainConfig, path: Path) -> Net | None
         return None
     model.load_state_dict(weights)
     return model
-
-
-def _set_aside(path: Path, error: Exception) -> None:
-    """Rename a damaged cache file, and say so: it is never trusted and never thrown away."""
-    aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
-    print(f"{path} is damaged ({error}); kept as {aside.name}, and what was in it is computed again")
 
 
 def retrain_all(

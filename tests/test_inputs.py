@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import notebook_support as ns
 
@@ -41,7 +40,6 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"train": (IMAGES, LABELS.float())}, "labels must be whole numbers"),
         ({"train": (IMAGES[:, :1], LABELS)}, r"the model refuses images of shape \(1, 32, 32\)"),
         ({"test": (IMAGES[:, :, :20, :20], LABELS)}, r"test: the model refuses images of shape \(3, 20, 20\)"),
-        ({"train": DataLoader(TensorDataset(*DATA))}, "for a DataLoader pass its .dataset"),
         ({"train": 3}, "train must be a pair of tensors"),
     ],
 )
