@@ -1211,7 +1211,7 @@ class _LissaSolver:
         self.largest = tops[0]
         self.scale = problem.settings.scale or 2 * (max(tops) + problem.damping)
 
-    def changed(self, **changes: int) -> _LissaSolver:
+    def changed(self, **changes: Any) -> _LissaSolver:
         """The same solver, its scale and its eigenvalues, with other settings and fresh random numbers."""
         other = copy.copy(self)
         settings = dataclasses.replace(self.problem.settings, **changes)
