@@ -103,7 +103,10 @@ def test_the_numbers_of_the_readme_come_from_the_results():
     exact, lds = results["retraining"]["exact"], results["retraining"]["lds"]
     methods = {row["method"]: row for row in results["quality"]["rows"]}
     named = ("ours", "kronfluence EK-FAC", "captum TracInCP", "ours, 10 models", "dattri TRAK, 10 models")
+    found = results["mislabels"]["detection"]["any class"]
+    scores = ("loss", "margin", "out of fold", "self-influence", "influence", "random")
     for text in (
+        f"| {' | '.join('{:.0%}'.format(found[score]['found'][0]) for score in scores)} |",
         *("{lds:.3f} [{low:.3f}, {high:.3f}] | {seconds:.1f} s".format(**methods[name]) for name in named),
         f"| Pearson {exact['pearson']['all']:.4f} |",
         *("{:.3f} [{:.3f}, {:.3f}]".format(*lds["margin"][which]) for which in (0, -1)),
