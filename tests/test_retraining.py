@@ -248,12 +248,12 @@ def test_models_are_kept_reused_and_replaced(little, tmp_path, trained, capsys):
     assert not torch.equal(first[0].fc3.weight, first[1].fc3.weight)
     ns.train_models(train, dataclasses.replace(CONFIG, epochs=2), [3], tmp_path, jobs=1)
     assert trained == [3, 4, 3]
-    file = tmp_path / "net-100-seed-4.safetensors"
+    (file,) = tmp_path.glob("net-*-seed-4.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     ns.train_models(train, CONFIG, [4], tmp_path, jobs=1)
     assert trained == [3, 4, 3, 4]
     assert "damaged" in capsys.readouterr().out
-    assert (tmp_path / "net-100-seed-4.safetensors.damaged").exists()
+    assert file.with_name(f"{file.name}.damaged").exists()
 
 
 # ── stability and tables ────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ COMPUTED = [  # what the slides look up by names that they compute
     ("retraining", "all_images", "500 helpful", "mean"),
     ("speed", "engine", "50000 x 200", "median"),
     *(("mislabels", "detection", "any class", score, "found") for score in ("influence", "self-influence", "loss")),
-    ("mislabels", "detection", "look-alikes", "out of fold", "found"),
+    ("mislabels", "detection", "look-alikes", "loss", "found"),
     ("mislabels",),
 ]
 
