@@ -305,14 +305,14 @@ def start(root, outdir, pause=0.0, damp=0.01):
 def test_a_killed_run_goes_on_and_takes_nothing_of_another_configuration(root, tmp_path):
     running = start(root, tmp_path / "killed", pause=0.005)
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "killed").glob("unfinished-*/*.json"))) < 3:
+    while len(list((tmp_path / "killed").glob("unfinished-*/[0-9]*.json"))) < 3:
         assert running.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     assert not list((tmp_path / "killed").glob("influence_results*"))
-    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("unfinished-*/*.json")}
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("unfinished-*/[0-9]*.json")}
     assert 3 <= len(finished) < 10
     times = {name: json.loads(next((tmp_path / "killed").glob(f"*/{name}")).read_text()) for name in finished}
     assert start(root, tmp_path / "killed", damp=0.3).wait() == 0  # another configuration, beside it
