@@ -1949,6 +1949,10 @@ class InfluenceConfig:
         )
 
 
+def _as_config(config: InfluenceConfig | Mapping[str, Any]) -> InfluenceConfig:
+    return config if isinstance(config, InfluenceConfig) else InfluenceConfig.from_package(config)
+
+
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -1974,6 +1978,7 @@ def _enough(
 
 
 LOG = logging.getLogger("influence")
+LOG_FORMAT = logging.Formatter("%(asctime)s: %(message)s")
 KEPT_RANKS = 500  # of the harmful and the helpful ones in a results file, as in the package
 BLOCK = 500  # test images solved at once: m·p numbers are held
 SHARD = 1000  # training gradients a file
@@ -1985,7 +1990,7 @@ def init_logging(filename: str | Path | None = None) -> None:
     if filename:
         handlers.append(logging.FileHandler(filename))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
+        handler.setFormatter(LOG_FORMAT)
     LOG.handlers = handlers
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
@@ -2020,7 +2025,7 @@ def calc_influences(
     config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train_loader: Any, test_loader: Any
 ) -> tuple[dict[str, Any], list[int], list[int]]:
     """Whichever of the two modes `calc_method` names."""
-    own = config if isinstance(config, InfluenceConfig) else InfluenceConfig.from_package(config)
+    own = _as_config(config)
     mode = {"img_wise": calc_img_wise, "all_grad_then_test": calc_all_grad_then_test}[own.calc_method]
     return mode(own, model, train_loader, test_loader)
 
@@ -2059,7 +2064,7 @@ class _Run:
     @classmethod
     def prepare(cls, config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train: Any, test: Any) -> _Run:
         """Check everything, choose the test images, and name the run by what it is made of."""
-        own = config if isinstance(config, InfluenceConfig) else InfluenceConfig.from_package(config)
+        own = _as_config(config)
         settings = own.settings(_batch_size(train))
         sources = _as_source(train, "train_loader"), _as_source(test, "test_loader")
         (train_sum, _), (test_sum, labels) = (_checksum(source) for source in sources)
@@ -2093,7 +2098,7 @@ class _Run:
             return
         Path(self.config.log_filename).parent.mkdir(parents=True, exist_ok=True)
         handler, level = logging.FileHandler(self.config.log_filename), LOG.level
-        handler.setFormatter(logging.Formatter("%(asctime)s: %(message)s"))
+        handler.setFormatter(LOG_FORMAT)
         LOG.addHandler(handler)
         LOG.setLevel(logging.INFO)
         try:
