@@ -1207,16 +1207,17 @@ class _LissaSolver:
     def __init__(self, problem: _Problem) -> None:
         self.problem = problem
         self.generator = torch.Generator().manual_seed(problem.settings.seed)
-        tops = [_largest_curvature(problem, batch) for batch in [problem.sample, *(self.draw() for _ in range(4))]]
+        met = [problem.sample, *(self.draw() for _ in range(4))]
+        self.start = self.generator.get_state()  # each solve begins here, so that none depends on those before
+        tops = [_largest_curvature(problem, batch) for batch in met[: 1 if problem.settings.scale else None]]
         self.largest = tops[0]
         self.scale = problem.settings.scale or 2 * (max(tops) + problem.damping)
 
     def changed(self, **changes: Any) -> _LissaSolver:
-        """The same solver, its scale and its eigenvalues, with other settings and fresh random numbers."""
+        """The same solver, its scale, its eigenvalues and its random numbers, with other settings."""
         other = copy.copy(self)
         settings = dataclasses.replace(self.problem.settings, **changes)
         other.problem = dataclasses.replace(self.problem, settings=settings)
-        other.generator = torch.Generator().manual_seed(settings.seed)
         return other
 
     def draw(self) -> Tensor:
@@ -1239,6 +1240,7 @@ class _LissaSolver:
 
     def solve(self, v: Tensor) -> tuple[Tensor, Health]:
         settings = self.problem.settings
+        self.generator.set_state(self.start)
         s = torch.stack([self.recursion(v) for _ in range(settings.repeats)]).mean(0)
         check = _curvature_product(self.problem, s, self.problem.sample) + self.problem.damping * s - v
         worst = _relative_residual(check, v)
@@ -1677,25 +1679,30 @@ def _test_factors(problem: _Problem, solver: _DualKernel, test: _Source, indices
     return factors, torch.cat([labels for _, labels in pairs])
 
 
-def _solve(
-    problem: _Problem, test: _Source, indices: Tensor
-) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Health]:
-    """What scores a chunk of training samples for the chosen test images, the labels of these, and the health.
+def _prepare(problem: _Problem, tests: int) -> _Solver | _DualKernel:
+    """The solver, ready for any test images. Two roads to the same numbers: directions s, or inner products only.
 
-    Two roads to the same numbers: directions s, or, where that is cheaper, inner products only (`_DualKernel`).
+    The second (`_DualKernel`) is taken where it is cheaper for so many `tests`.
     """
     layers = _fast_layers(problem)
-    if _dual_pays(problem, layers, len(indices)):
-        solver = _DualKernel(problem, layers)
+    return _DualKernel(problem, layers) if _dual_pays(problem, layers, tests) else _make_solver(problem)
+
+
+def _solve(
+    problem: _Problem, solver: _Solver | _DualKernel, test: _Source, indices: Tensor
+) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Health]:
+    """What scores a chunk of training samples for the chosen test images, the labels of these, and the health."""
+    if isinstance(solver, _DualKernel):
         tests, labels = _test_factors(problem, solver, test, indices)
         weights, health = solver.solve(tests)
         return solver.scorer(tests, weights), labels, health
     gradients, labels = _test_gradients(problem, test, indices)
-    directions, health = _make_solver(problem).solve(gradients)
-    return _direction_scorer(problem, layers, directions), labels, health
+    directions, health = solver.solve(gradients)
+    return _direction_scorer(problem, directions), labels, health
 
 
-def _direction_scorer(problem: _Problem, layers: tuple[str, ...], directions: Tensor) -> _Scorer:
+def _direction_scorer(problem: _Problem, directions: Tensor) -> _Scorer:
+    layers = _fast_layers(problem)
     return _Scorer(problem.model, layers, problem.measure, unflatten_params(directions, problem.params))
 
 
@@ -1722,7 +1729,7 @@ def compute_influences(
     problem, source = _make_problem(model, train, chosen), _as_source(test, "test")
     indices = torch.arange(source.size) if test_indices is None else torch.as_tensor(test_indices, dtype=torch.long)
     start = time.perf_counter()
-    scorer, labels, health = _solve(problem, source, indices)
+    scorer, labels, health = _solve(problem, _prepare(problem, len(indices)), source, indices)
     solved = time.perf_counter()
     scores, train_labels = _score(problem, scorer)
     health = dataclasses.replace(health, seconds_solve=solved - start, seconds_score=time.perf_counter() - solved)
@@ -1740,7 +1747,7 @@ def mean_influences(
     parts = torch.arange(source.size).split(problem.settings.chunk)
     total = torch.stack([_test_gradients(problem, source, part)[0].sum(0) for part in parts]).sum(0, keepdim=True)
     directions, _ = _make_solver(problem).solve(total / source.size)
-    return _score(problem, _direction_scorer(problem, _fast_layers(problem), directions))[0][0]
+    return _score(problem, _direction_scorer(problem, directions))[0][0]
 
 
 def self_influences(
@@ -1756,15 +1763,13 @@ def self_influences(
     """
     problem = _make_problem(model, train, _settings(settings, changes))
     chosen = torch.arange(problem.train.size) if indices is None else torch.as_tensor(indices, dtype=torch.long)
-    layers, parts = _fast_layers(problem), []
-    dual = _DualKernel(problem, layers) if _dual_pays(problem, layers, len(chosen)) else None
-    solver = None if dual else _make_solver(problem)
+    solver, parts = _prepare(problem, len(chosen)), []
     for part in chosen.split(problem.settings.chunk):
-        if dual:
-            factors, _ = _test_factors(problem, dual, problem.train, part)
-            products = factors.products(dual.sample)
-            parts.append((factors.squares() - (products * dual.solve(factors)[0]).sum(1)) / dual.damping)
-        elif solver:
+        if isinstance(solver, _DualKernel):
+            factors, _ = _test_factors(problem, solver, problem.train, part)
+            products = factors.products(solver.sample)
+            parts.append((factors.squares() - (products * solver.solve(factors)[0]).sum(1)) / solver.damping)
+        else:
             gradients, _ = _test_gradients(problem, problem.train, part)
             parts.append((gradients * solver.solve(gradients)[0]).sum(1))
     return (torch.cat(parts) / problem.train.size).cpu().numpy()
@@ -1887,10 +1892,13 @@ class InfluenceConfig:
     def from_package(cls, config: Mapping[str, Any]) -> InfluenceConfig:
         """The configuration in a dict of the package, such as its `get_default_config()` returns.
 
-        A key that is missing, or None where it must not be, has the manual's default. "dataset" is dropped, since
-        nothing depends on it. ValueError names a key that is not known.
+        A key that is missing, or None where it must not be, has the manual's default. `r`, as the manual writes
+        r_averaging, goes before it. "dataset" is dropped, since nothing depends on it. ValueError names unknown keys.
         """
         fields = {entry.name for entry in dataclasses.fields(cls)}
+        config = {key: value for key, value in config.items() if key != "r"} | (
+            {"r_averaging": config["r"]} if "r" in config else {}
+        )
         if unknown := set(config) - fields - {"dataset"}:
             raise ValueError(f"unknown key {', '.join(sorted(unknown))}; there are {', '.join(sorted(fields))}")
         optional = {"save_pth", "log_filename"}
@@ -2075,6 +2083,15 @@ class _Run:
         keys = {"grad_z": gradients, "s_test": solved}
         return cls(own, model, *sources, settings, _choose_tests(own, labels), labels, keys)
 
+    @cached_property
+    def problem(self) -> _Problem:
+        return _make_problem(self.model, self.train, self.settings)
+
+    @cached_property
+    def solver(self) -> _Solver:
+        """Prepared once for all test images: eigenvalues and factors depend on the training images only."""
+        return _make_solver(self.problem)
+
     def finish(self, block: int, stored: bool) -> tuple[dict[str, Any], list[int], list[int]]:
         """Compute what is left in blocks of test images, put everything together, write it."""
         with self.logging():
@@ -2082,6 +2099,8 @@ class _Run:
             left = [int(i) for i in self.chosen if self.read_part(i) is None]
             blocks = [left[start : start + block] for start in range(0, len(left), block)]
             jobs = self.config.jobs if block == 1 else 1
+            if left and jobs > 1:
+                _ = self.solver  # prepared here, it goes to the processes with everything else
             finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(
                 joblib.delayed(self.compute)(part, stored) for part in blocks
             )
@@ -2130,7 +2149,9 @@ class _Run:
         """Score a block of test images, and keep each in a file of its own."""
         start = time.perf_counter()
         if self.config.save_pth is None:
-            scores = compute_influences(self.model, self.train, self.test, indices, self.settings).scores
+            solver = self.solver if len(indices) == 1 else _prepare(self.problem, len(indices))
+            scorer, _, _ = _solve(self.problem, solver, self.test, torch.tensor(indices))
+            scores = _score(self.problem, scorer)[0]
         else:
             scores = self.scores_kept(torch.tensor(indices), stored)
         seconds = (time.perf_counter() - start) / len(indices)
@@ -2144,28 +2165,28 @@ class _Run:
 
     def scores_kept(self, indices: Tensor, stored: bool) -> NDArray[Any]:
         """(k, n) scores by way of files in `save_pth`: s_test always, the training gradients when `stored`."""
-        problem = _make_problem(self.model, self.train, self.settings)
-        directions = self.directions(problem, indices)
+        directions = self.directions(indices)
         if not stored:
-            return _score(problem, _direction_scorer(problem, _fast_layers(problem), directions))[0]
-        parts = [directions @ rows.T for rows in self.gradients(problem)]
-        return (torch.cat(parts, dim=1) / problem.train.size).cpu().numpy()
+            return _score(self.problem, _direction_scorer(self.problem, directions))[0]
+        parts = [directions @ rows.T for rows in self.gradients()]
+        return (torch.cat(parts, dim=1) / self.train.size).cpu().numpy()
 
-    def directions(self, problem: _Problem, indices: Tensor) -> Tensor:
+    def directions(self, indices: Tensor) -> Tensor:
         """(k, p) s_test of the test images: from their files, or solved and written there."""
         folder = Path(self.config.save_pth or "") / "s_test"
         files = {int(i): folder / f"{int(i)}.safetensors" for i in indices}
         missing = torch.tensor([i for i, file in files.items() if not file.exists()], dtype=torch.long)
         if len(missing):
-            solved, _ = _make_solver(problem).solve(_test_gradients(problem, self.test, missing)[0])
+            solved, _ = self.solver.solve(_test_gradients(self.problem, self.test, missing)[0])
             for i, row in zip(missing.tolist(), solved):
                 self.write_kept(files[i], "s_test", row)
-        return torch.stack([self.read_kept(file, "s_test") for file in files.values()]).to(problem.device)
+        return torch.stack([self.read_kept(file, "s_test") for file in files.values()]).to(self.problem.device)
 
-    def gradients(self, problem: _Problem) -> Iterator[Tensor]:
+    def gradients(self) -> Iterator[Tensor]:
         """Chunks (≤ SHARD, p) of the training gradients: from their files, or computed and written there."""
         folder = Path(self.config.save_pth or "") / "grad_z"
-        for chosen in torch.arange(problem.train.size).split(SHARD):
+        problem = self.problem
+        for chosen in torch.arange(self.train.size).split(SHARD):
             file = folder / f"{int(chosen[0])}-{int(chosen[-1])}.safetensors"
             if not file.exists():
                 rows = [problem.gradients(*batch) for batch in problem.batches(problem.train, chosen)]
