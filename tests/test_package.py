@@ -55,6 +55,7 @@ def test_the_packages_own_dict_is_taken():
     assert {key: getattr(config, key) for key in shared} == shared
     assert (config.damp, config.scale) == (0.01, 25), "None there: the manual's value"
     assert ns.InfluenceConfig.from_package(ns.get_default_config()) == ns.InfluenceConfig()
+    assert ns.InfluenceConfig.from_package(original | {"r": 7}).r_averaging == 7, "as the manual writes it"
     with pytest.raises(ValueError, match="unknown key recursion; there are"):
         ns.InfluenceConfig.from_package({"recursion": 5})
 
@@ -196,11 +197,35 @@ def test_order_and_size_of_the_loaders_change_nothing(problem):
     np.testing.assert_array_equal(matrix(shuffled), matrix(plain))
 
 
+def test_augmentation_is_refused(problem):
+    model, train, test, outdir = problem
+
+    class Jittered(TensorDataset):
+        def __getitem__(self, index):
+            point, label = super().__getitem__(index)
+            return point + torch.rand(()), label
+
+    with pytest.raises(ValueError, match="train_loader gives other images each time it is read"):
+        ns.calc_img_wise(config_for(outdir), model, DataLoader(Jittered(*train.dataset.tensors)), test)
+
+
 def test_two_processes_give_the_same(problem):
     model, train, test, outdir = problem
     alone, *_ = ns.calc_img_wise(config_for(outdir), model, train, test)
     together, *_ = ns.calc_img_wise(config_for(outdir, jobs=2), model, train, test)
     np.testing.assert_array_equal(matrix(alone), matrix(together))
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg"])
+def test_the_solver_is_prepared_once_and_no_image_depends_on_another(problem, monkeypatch, solver):
+    model, train, test, outdir = problem
+    counted, real = [], ns.largest_eigenvalue
+    monkeypatch.setattr(ns, "largest_eigenvalue", lambda *args, **kw: counted.append(1) or real(*args, **kw))
+    config = config_for(outdir, solver=solver, damp=0.3, scale=20.0, recursion_depth=30)
+    whole = matrix(ns.calc_img_wise(config, model, train, test)[0])
+    assert len(counted) <= 1
+    later = dataclasses.replace(config, test_start_index=6, outdir=outdir / "later")
+    np.testing.assert_array_equal(matrix(ns.calc_img_wise(later, model, train, test)[0]), whole[6:])
 
 
 def test_silence_and_the_log(problem, capfd):
@@ -383,3 +408,72 @@ def test_the_loader_has_the_most_influential_samples_only(blobs):
         ns.influential_loader(influence, TensorDataset(points, labels), 0)
     with pytest.raises(ValueError, match=r"one number a training image, \(40,\), not \(39,\)"):
         ns.influential_loader(influence[1:], TensorDataset(points, labels), 0.5)
+
+
+# ── package.ipynb: every row of its three tables, computed anew by its own cells ────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def compared(root, cifar, tmp_path_factory):
+    """What the cells of sections 1 to 3 define: the original and ours on the same small exact problem."""
+    cells = json.loads((root / "package.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    end = next(index for index, source in enumerate(sources) if source.startswith("## 4 "))
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("INFLUENCE_FAST", "1")
+        patch.setenv("INFLUENCE_OUT", str(tmp_path_factory.mktemp("package")))
+        for cell, source in zip(cells[:end], sources):
+            if cell["cell_type"] == "code":
+                exec(compile(source, "package.ipynb", "exec"), names)
+    return names
+
+
+def test_ours_agrees_with_the_truth_and_the_original_swaps_its_lists(compared):
+    theirs, ours = compared["quality"]["the package"], compared["quality"]["ours"]
+    correlation, size, without_harmful, without_helpful = compared["quality"].index
+    assert ours[correlation] > 0.999
+    assert ours[size] == pytest.approx(1, abs=0.05)
+    assert ours[without_harmful] < 0 < ours[without_helpful]
+    assert theirs[correlation] < ours[correlation] - 0.03
+    assert theirs[without_harmful] > 0 > theirs[without_helpful], "its names are swapped"
+
+
+@pytest.mark.parametrize("setting", ["recursion_depth", "damp", "scale", "r_averaging"])
+def test_each_setting_means_in_ours_what_the_manual_says(compared, setting):
+    (row,) = [row for name, row in compared["settings"].iterrows() if name.startswith(setting)]
+    theirs, ours = (float(row[name].removesuffix(" %")) for name in ("the package", "ours (lissa)"))
+    if row["should be"] == "a change":
+        assert (theirs, ours > 20) == (0, True)
+    else:
+        assert theirs > 5
+        assert ours < 0.1
+
+
+@pytest.mark.parametrize(
+    ("row", "theirs", "ours"),
+    [
+        ("default recursion_depth", 1, 5000),
+        ("outdir", "stops: FileNotFoundError", "made"),
+        ("gpu", "stops: RuntimeError", "runs: 12 test images"),
+        ("what is returned", "None", "(dict, list, list)"),
+        ("test_start_index 0", "0, 1, 2", "0, 4, 8"),
+        ("test_start_index 1", "1, 5, 9", "1, 5, 9"),
+        ("test_sample_num False", "stops: UnboundLocalError", ", ".join(map(str, range(12)))),
+        ("labels as tensors", "stops: TypeError", "0, 4, 8"),
+        ("calc_all_grad_then_test", "stops: TypeError", "the same numbers"),
+    ],
+)
+def test_each_question_is_answered_as_the_manual_says(compared, row, theirs, ours):
+    if row == "gpu" and torch.cuda.is_available():
+        pytest.skip("what happens without a GPU cannot be seen here")
+    (answer,) = [answer for name, answer in compared["answers"].iterrows() if name.startswith(row)]
+    assert answer["the package"] == theirs
+    assert answer["ours"] == ours or row == "calc_all_grad_then_test"
+    if row == "calc_all_grad_then_test":
+        assert float(answer["ours"].removeprefix(ours + ", to ")) < 1e-5
+
+
+def test_no_row_is_left_untested(compared):
+    assert [len(compared[name]) for name in ("quality", "settings", "answers")] == [4, 4, 9]
