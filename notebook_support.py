@@ -2291,19 +2291,30 @@ def _choose_tests(config: InfluenceConfig, labels: NDArray[np.int64]) -> NDArray
 
 
 def influential_loader(
-    influence: NDArray[Any], train: Any, share: float, batch_size: int = 128, seed: int = 0
+    influence: NDArray[Any],
+    train: Any,
+    share: float,
+    batch_size: int = 128,
+    seed: int = 0,
+    labels: NDArray[Any] | Tensor | None = None,
 ) -> DataLoader[Any]:
     """A shuffled DataLoader of the most influential samples only: the `share` (0..1] of `train` that helps most.
 
-    influence (n,): `Influences.mean()`, a row of its scores, or any number where larger is better.
+    influence (n,): `mean_influences`, a row of `Influences.scores`, or any number where larger is better.
+    labels (n,): when given, the share is taken within each class, so that none is lost.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be a fraction above 0 and at most 1, not {share}")
-    if influence.shape != (len(train),):
-        raise ValueError(f"influence must be one number a training image, ({len(train)},), not {influence.shape}")
-    best = np.argsort(-influence, kind="stable")[: max(1, round(share * len(train)))]
+    group = np.zeros(len(train), dtype=int) if labels is None else np.asarray(labels)
+    for name, values in (("influence", influence), ("labels", group)):
+        if values.shape != (len(train),):
+            raise ValueError(f"{name} must be one number a training image, ({len(train)},), not {values.shape}")
+    best: list[int] = []
+    for members in (np.flatnonzero(group == label) for label in np.unique(group)):
+        ranked = members[np.argsort(-influence[members], kind="stable")]
+        best += ranked[: max(1, round(share * len(members)))].tolist()
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(Subset(train, best.tolist()), batch_size, shuffle=True, generator=generator)
+    return DataLoader(Subset(train, best), batch_size, shuffle=True, generator=generator)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗

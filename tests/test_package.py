@@ -404,10 +404,14 @@ def test_the_loader_has_the_most_influential_samples_only(blobs):
     seen = torch.cat([batch for batch, _ in loader])
     assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, points[:10].tolist()))
     assert len(loader) == 3
+    each = ns.influential_loader(influence, TensorDataset(points, labels), 0.2, labels=labels).dataset.indices
+    assert sorted(each) == [0, 1, 2, 3, 4, 5, 6, 7, 8], "a fifth of 14, 13 and 13"
     with pytest.raises(ValueError, match="share must be a fraction"):
         ns.influential_loader(influence, TensorDataset(points, labels), 0)
     with pytest.raises(ValueError, match=r"one number a training image, \(40,\), not \(39,\)"):
         ns.influential_loader(influence[1:], TensorDataset(points, labels), 0.5)
+    with pytest.raises(ValueError, match="labels must be one number a training image"):
+        ns.influential_loader(influence, TensorDataset(points, labels), 0.5, labels=labels[1:])
 
 
 # ── package.ipynb: every row of its three tables, computed anew by its own cells ────────────────────────────────────
