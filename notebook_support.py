@@ -43,7 +43,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import joblib
 import matplotlib.pyplot as plt
@@ -1669,22 +1669,32 @@ def _check_finite(gradients: Tensor) -> None:
         raise NonFiniteError("the gradient of a test image is NaN or infinite; check the model and the image's pixels")
 
 
+_Part = TypeVar("_Part")
+
+
+def _over_tests(
+    problem: _Problem, test: _Source, indices: Tensor, what: Callable[[Tensor, Tensor], _Part]
+) -> tuple[list[_Part], Tensor]:
+    """`what` of each chunk of the chosen test images, and their labels (m,)."""
+    _check_tests(problem, test, indices)
+    pairs = [(what(images, labels), labels) for images, labels in problem.batches(test, indices)]
+    return [part for part, _ in pairs], torch.cat([labels for _, labels in pairs])
+
+
 def _test_gradients(problem: _Problem, test: _Source, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients (m, p) of the measure at the chosen test images, and their labels (m,)."""
-    _check_tests(problem, test, indices)
-    pairs = [(problem.gradients(images, labels), labels) for images, labels in problem.batches(test, indices)]
-    gradients = torch.cat([gradient for gradient, _ in pairs])
+    parts, labels = _over_tests(problem, test, indices, problem.gradients)
+    gradients = torch.cat(parts)
     _check_finite(gradients)
-    return gradients, torch.cat([labels for _, labels in pairs])
+    return gradients, labels
 
 
 def _test_factors(problem: _Problem, solver: _DualKernel, test: _Source, indices: Tensor) -> tuple[_Factors, Tensor]:
     """The same gradients as factors, and the labels (m,)."""
-    _check_tests(problem, test, indices)
-    pairs = [(solver.factors(images, labels), labels) for images, labels in problem.batches(test, indices)]
-    factors = _Factors.join([factor for factor, _ in pairs])
+    parts, labels = _over_tests(problem, test, indices, solver.factors)
+    factors = _Factors.join(parts)
     _check_finite(factors.squares())
-    return factors, torch.cat([labels for _, labels in pairs])
+    return factors, labels
 
 
 def _prepare(problem: _Problem, tests: int) -> _Solver | _DualKernel:
@@ -2884,7 +2894,7 @@ def _reason(suspect: pd.Series, twins: Mapping[int, str], sure: float = 0.8) -> 
     if suspect["suggested"] == suspect["given"]:
         return "unusual: the label is believed, but the image is hard"
     if suspect["suggested_probability"] >= sure:
-        return f"wrong label? looks like a {suspect['suggested']}"
+        return f"wrong label? looks like: {suspect['suggested']}"
     return f"ambiguous: {suspect['suggested']} or another"
 
 
@@ -3325,7 +3335,8 @@ def plot_repair(ax: Axes, outcomes: pd.DataFrame, levels: Mapping[str, float]) -
         )
     for (name, level), style in zip(levels.items(), ("--", ":", "-.")):
         ax.axhline(100 * level, color="black", linewidth=0.8, linestyle=style, label=name)
-    ax.set(xlabel="images inspected (%)", ylabel="test accuracy (%)")
+    shares = sorted(100 * outcomes["inspected"].unique())
+    ax.set(xlabel="images inspected (%)", ylabel="test accuracy (%)", xticks=shares)
     return ax
 
 

@@ -196,7 +196,7 @@ def test_suspects_are_ranked_and_say_why(digits):
     assert table["given_probability"].tolist() == pytest.approx([0.01, 0.3, 0.91, 0.01])
     for reason, words in zip(
         table["reason"],
-        ("wrong label? looks like a digit 7", "ambiguous", "unusual", "near-duplicate of test #3, a digit 9"),
+        ("wrong label? looks like: digit 7", "ambiguous", "unusual", "near-duplicate of test #3, a digit 9"),
     ):
         assert words in reason
 
