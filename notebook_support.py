@@ -38,7 +38,7 @@ import time
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -80,7 +80,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
@@ -148,6 +148,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ValueError(f"unknown device {name!r}: use 'auto', 'cpu', 'cuda' or 'mps'") from error
     if not available.get(device.type, False):
         raise ValueError(f"device {name!r} asked for, but torch can use none here; use 'auto' or 'cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} asked for, but there are only {torch.cuda.device_count()}; count from 0")
     return device
 
 
@@ -899,13 +901,24 @@ class _Source:
     batch: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def _unwrap(loader: DataLoader[Any], role: str) -> tuple[Any, Callable[[list[Any]], Any]]:
+    """The data set of a loader, whose order gives the indices however its batches are drawn, and what makes a batch."""
+    sampler, data = loader.sampler, loader.dataset
+    if isinstance(sampler, Sized) and isinstance(data, Sized) and len(sampler) != len(data):
+        raise ValueError(f"{role} draws not every image of its data set once; give the loader a Subset of it instead")
+    return (
+        data,
+        default_collate if loader.batch_sampler is None else loader.collate_fn,
+    )  # None: it is for single samples
+
+
 def _as_source(data: Any, role: str) -> _Source:
     """Wrap what the caller passed; ValueError when it is empty or of no known kind."""
     if isinstance(data, _Source):
         return data
     collate: Callable[[list[Any]], Any] = default_collate
-    if isinstance(data, DataLoader):  # its batches may be shuffled; its data set keeps the order, and so the indices
-        data, collate = data.dataset, data.collate_fn
+    if isinstance(data, DataLoader):
+        data, collate = _unwrap(data, role)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         images, labels = data
         if len(images) != len(labels):
@@ -913,7 +926,7 @@ def _as_source(data: Any, role: str) -> _Source:
         source = _Source(len(labels), lambda chosen: (images[chosen], labels[chosen]))
     elif isinstance(data, ImageData):
         source = _Source(len(data), data.batch)
-    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+    elif isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, IterableDataset):
         source = _Source(len(data), lambda chosen: tuple(collate([data[int(i)] for i in chosen])))
     else:
         raise ValueError(
@@ -1536,11 +1549,17 @@ def _score(problem: _Problem, scorer: Callable[[Tensor, Tensor], Tensor]) -> tup
     parts = joblib.Parallel(n_jobs=problem.settings.jobs, return_as="generator")(tasks())
     count = math.ceil(problem.train.size / problem.settings.chunk)
     shown = tqdm(parts, total=count, desc="scoring", unit="chunk", leave=False, disable=not problem.settings.progress)
-    scores = torch.cat([part.cpu() for part in shown], dim=1) / problem.train.size
+    return _join_scores([part.cpu() for part in shown]), torch.cat(seen).numpy()
+
+
+def _join_scores(parts: Sequence[Tensor]) -> NDArray[Any]:
+    """(m, n) influences from the products of chunks (m, b) of training gradients; NonFiniteError names a bad image."""
+    products = torch.cat(list(parts), dim=1)
+    scores = products / products.shape[1]
     if not torch.isfinite(scores).all():
         first = int((~torch.isfinite(scores)).any(0).nonzero()[0])
         raise NonFiniteError(f"the score of training image {first} is NaN or infinite; check its pixels, raise damping")
-    return scores.numpy(), torch.cat(seen).numpy()
+    return scores.cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -1664,9 +1683,11 @@ def _check_tests(problem: _Problem, test: _Source, indices: Tensor) -> None:
     _try_model(problem, test, indices[:1], "test")
 
 
-def _check_finite(gradients: Tensor) -> None:
+def _check_finite(gradients: Tensor, kind: str = "test") -> None:
     if not torch.isfinite(gradients).all():
-        raise NonFiniteError("the gradient of a test image is NaN or infinite; check the model and the image's pixels")
+        raise NonFiniteError(
+            f"the gradient of a {kind} image is NaN or infinite; check the model and the image's pixels"
+        )
 
 
 _Part = TypeVar("_Part")
@@ -1865,7 +1886,8 @@ class InfluenceConfig:
     test_start_index  the first test image when all are taken; with `test_sample_num` the same as the line above
     recursion_depth, r_averaging, damp, scale   of solver "lissa": steps, averaged runs, λ (never multiplied by the
                     scale here) and divisor of a step (None: from the largest eigenvalue)
-    progress        False: not a sign on the terminal;  jobs: test images at once, each in a process of its own
+    progress        False: neither a bar nor a line of the log on the terminal
+    jobs            test images at once, each in a process of its own
     solver          "lissa", as the package means it, or "kernel": direct, faster, nothing to choose but λ; "cg"
     report          what `tuned` found
     """
@@ -1897,21 +1919,23 @@ class InfluenceConfig:
                 _check_count(name, getattr(self, name), int(name == "test_sample_num"))
         if self.calc_method not in CALC_METHODS:
             raise ValueError(f"unknown calc_method {self.calc_method!r}: use one of {', '.join(CALC_METHODS)}")
-        if not isinstance(self.gpu, int) or self.gpu < -1:
+        if isinstance(self.gpu, bool) or not isinstance(self.gpu, int) or self.gpu < -1:
             raise ValueError(f"gpu must be −1 (the CPU) or the number of a GPU, not {self.gpu!r}")
         starts = [n for n in (self.test_sample_start_per_class, self.test_start_index) if n is not False]
         if self.test_sample_num and len(set(starts)) > 1:
             raise ValueError("test_sample_start_per_class and test_start_index both say where to start, and differ")
         if not self.test_sample_num and self.test_sample_start_per_class:
             raise ValueError("test_sample_start_per_class needs test_sample_num: how many images of each class")
-        self.settings()  # the engine checks damp, scale, solver and jobs
+        _check_kinds(self)
+        self.settings()  # the engine checks the values of damp, scale, solver and jobs
 
     @classmethod
     def from_package(cls, config: Mapping[str, Any]) -> InfluenceConfig:
         """The configuration in a dict of the package, such as its `get_default_config()` returns.
 
-        A key that is missing, or None where it must not be, has the manual's default. `r`, as the manual writes
-        r_averaging, goes before it. "dataset" is dropped, since nothing depends on it. ValueError names unknown keys.
+        A key that is missing, or None (but for save_pth and log_filename), has the manual's default. `r`, as the
+        manual writes r_averaging, goes before it. "dataset" is dropped, since nothing depends on it. ValueError names
+        unknown keys.
         """
         fields = {entry.name for entry in dataclasses.fields(cls)}
         config = {key: value for key, value in config.items() if key != "r"} | (
@@ -1970,7 +1994,7 @@ class InfluenceConfig:
         )
         repeats, averages = _enough(averaged, tolerance)
         lines = [
-            f"scale {self.scale} → {solver.scale:.4g}: twice the largest eigenvalue met, {solver.scale / 2:.4g}",
+            f"scale {self.scale} → {solver.scale:.4g}: twice the largest eigenvalue met + λ, {solver.scale / 2:.4g}",
             f"recursion_depth {self.recursion_depth} → {depth}: residual by depth {depths}",
             f"r_averaging {self.r_averaging} → {repeats}: residual by r {averages}",
         ]
@@ -1985,6 +2009,28 @@ def _as_config(config: InfluenceConfig | Mapping[str, Any]) -> InfluenceConfig:
     return config if isinstance(config, InfluenceConfig) else InfluenceConfig.from_package(config)
 
 
+def _check_kinds(config: InfluenceConfig) -> None:
+    """ValueError where a field is of another kind than it must be."""
+    kinds: dict[str, tuple[type | None, ...]] = {
+        "outdir": (str, Path),
+        "save_pth": (str, Path, None),
+        "log_filename": (str, Path, None),
+        "seed": (int,),
+        "damp": (int, float, None),
+        "scale": (int, float, None),
+        "progress": (bool,),
+        "jobs": (int,),
+        "solver": (str,),
+    }
+    for name, allowed in kinds.items():
+        value, types = getattr(config, name), tuple(kind for kind in allowed if kind)
+        if value is None and None in allowed:
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in allowed):
+            words = " or ".join("None" if kind is None else kind.__name__ for kind in allowed)
+            raise ValueError(f"{name} must be of kind {words}, not {value!r}")
+
+
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -1992,7 +2038,8 @@ def _check_count(name: str, value: Any, least: int) -> None:
 
 def _batch_size(data: Any) -> int:
     """Images a step of the recursion: those of the loader, where there is one."""
-    return getattr(data, "batch_size", None) or InfluenceSettings.batch_size
+    sampler = getattr(data, "batch_sampler", None)
+    return getattr(data, "batch_size", None) or getattr(sampler, "batch_size", None) or InfluenceSettings.batch_size
 
 
 def _doubled(most: int) -> list[int]:
@@ -2014,18 +2061,23 @@ def _enough(tried: Iterable[tuple[int, float]], tolerance: float) -> tuple[int, 
 LOG = logging.getLogger("influence")
 LOG_FORMAT = logging.Formatter("%(asctime)s: %(message)s")
 KEPT_RANKS = 500  # of the harmful and the helpful ones in a results file, as in the package
-BLOCK = 500  # test images solved at once: m·p numbers are held
+BLOCK = {"kernel": 500, "identity": 500}  # test images solved at once: m·p numbers are held;
+STEPWISE_BLOCK = 10  # by the other solvers, which hold m · batch · activations
 SHARD = 1000  # training gradients a file
+
+
+def _log_file(filename: str | Path) -> logging.FileHandler:
+    Path(filename).parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(filename)
+    handler.setFormatter(LOG_FORMAT)
+    return handler
 
 
 def init_logging(filename: str | Path | None = None) -> None:
     """Send the log to the terminal, and to `filename` as well when it is given."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if filename:
-        handlers.append(logging.FileHandler(filename))
-    for handler in handlers:
-        handler.setFormatter(LOG_FORMAT)
-    LOG.handlers = handlers
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(LOG_FORMAT)
+    LOG.handlers = [terminal, _log_file(filename)] if filename else [terminal]
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
 
@@ -2072,14 +2124,17 @@ def calc_all_grad_then_test(
     Without `save_pth` nothing is kept and nothing is held: each training gradient is used for a block of test images
     and forgotten. With it, two folders of safetensors files are written there and used again by any later call:
 
-        s_test/<test index>.safetensors     "s_test" (p,)         4·p bytes a test image
+        s_test/<test index>.safetensors     "s_test" (p,)         4·p bytes a test image (in float32)
         grad_z/<first>-<last>.safetensors   "grad_z" (rows, p)    4·p bytes a training image: n·p·4 in all
 
     That is 12.4 GB for 62,006 parameters and 50,000 images; and it pays only where reading is faster than computing
     again, which is rarely so. The header names the model, the data and the settings; files of others are refused.
+    The test images of a block are finished together (500 with solver "kernel", 10 with "lissa" or "cg"): so many may
+    be lost when a run is killed.
     """
     run = _Run.prepare(config, model, train_loader, test_loader)
-    return run.finish(block=BLOCK, stored=run.config.save_pth is not None)
+    block = BLOCK.get(run.config.solver, STEPWISE_BLOCK)
+    return run.finish(block, stored=run.config.save_pth is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -2104,8 +2159,7 @@ class _Run:
         for source, role in zip(sources, ("train_loader", "test_loader")):
             _check_steady(source, role)
         (train_sum, _), (test_sum, labels) = (_checksum(source) for source in sources)
-        weights = zlib.crc32(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values()))
-        gradients = f"{type(model).__name__}-{weights:08x}-{train_sum}"
+        gradients = f"{type(model).__name__}-{_model_checksum(model):08x}-{train_sum}"
         about = {**settings.describe(), "jobs": 0}  # how many at once changes nothing
         solved = f"{gradients}-{test_sum}-{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}"
         keys = {"grad_z": gradients, "s_test": solved}
@@ -2117,7 +2171,7 @@ class _Run:
 
     @cached_property
     def solver(self) -> _Solver:
-        """Prepared once for all test images: eigenvalues and factors depend on the training images only."""
+        """Prepared once: eigenvalues and factors depend on the training images only (see `_prepare` for blocks)."""
         return _make_solver(self.problem)
 
     def finish(self, block: int, stored: bool) -> tuple[dict[str, Any], list[int], list[int]]:
@@ -2127,7 +2181,7 @@ class _Run:
             left = [int(i) for i in self.chosen if self.read_part(i) is None]
             blocks = [left[start : start + block] for start in range(0, len(left), block)]
             jobs = self.config.jobs if block == 1 else 1
-            if left and jobs > 1:
+            if left and jobs != 1:
                 _ = self.solver  # prepared here, it goes to the processes with everything else
             finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(
                 joblib.delayed(self.compute)(part, stored) for part in blocks
@@ -2139,26 +2193,28 @@ class _Run:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """The log to `log_filename` for the time of this run, and to the terminal as `init_logging` set it up."""
-        if not self.config.log_filename:
-            yield
-            return
-        Path(self.config.log_filename).parent.mkdir(parents=True, exist_ok=True)
-        handler, level = logging.FileHandler(self.config.log_filename), LOG.level
-        handler.setFormatter(LOG_FORMAT)
-        LOG.addHandler(handler)
-        LOG.setLevel(logging.INFO)
+        """For the time of this run, the log goes to `log_filename`, and not to the terminal when it is to be silent."""
+        before, level, filename = LOG.handlers, LOG.level, self.config.log_filename
+        files = [handler for handler in before if isinstance(handler, logging.FileHandler)]
+        LOG.handlers = list(before if self.config.progress else files)
+        known = {Path(handler.baseFilename) for handler in files}
+        own = _log_file(filename) if filename and Path(filename).absolute() not in known else None
+        if own:
+            LOG.addHandler(own)
+            LOG.setLevel(logging.INFO)
         try:
             yield
         finally:
-            LOG.removeHandler(handler)
+            LOG.handlers = before
             LOG.setLevel(level)
-            handler.close()
+            if own:
+                own.close()
 
     @property
     def folder(self) -> Path:
-        """Where finished test images wait for the rest; its name belongs to this very run."""
-        return Path(self.config.outdir) / f"unfinished-{zlib.crc32(self.keys['s_test'].encode()):08x}"
+        """Where finished test images wait for the rest; its name belongs to this very run, and these test images."""
+        asked = zlib.crc32(self.chosen.tobytes(), zlib.crc32(self.keys["s_test"].encode()))
+        return Path(self.config.outdir) / f"unfinished-{asked:08x}"
 
     def part(self, index: int) -> Path:
         return self.folder / f"{index}.json"
@@ -2196,8 +2252,7 @@ class _Run:
         directions = self.directions(indices)
         if not stored:
             return _score(self.problem, _direction_scorer(self.problem, directions))[0]
-        parts = [directions @ rows.T for rows in self.gradients()]
-        return (torch.cat(parts, dim=1) / self.train.size).cpu().numpy()
+        return _join_scores([directions @ rows.T for rows in self.gradients()])
 
     def directions(self, indices: Tensor) -> Tensor:
         """(k, p) s_test of the test images: from their files, or solved and written there."""
@@ -2222,8 +2277,10 @@ class _Run:
             yield self.read_kept(file, "grad_z").to(problem.device)
 
     def write_kept(self, file: Path, kind: str, tensor: Tensor) -> None:
-        size, free = tensor.numel() * tensor.element_size(), shutil.disk_usage(Path(self.config.save_pth or ".").anchor)
-        if size > free.free:
+        _check_finite(tensor, "test" if kind == "s_test" else "training")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size = tensor.numel() * tensor.element_size()
+        if size > shutil.disk_usage(file.parent).free:
             raise OSError(f"no room for {file} ({size / 1e9:.1f} GB); choose another save_pth, or None")
         with atomic_path(file) as temporary:
             save_file({kind: tensor.cpu().contiguous()}, str(temporary), metadata={"made_with": self.keys[kind]})
@@ -2243,19 +2300,28 @@ class _Run:
 
     def assemble(self) -> tuple[dict[str, Any], list[int], list[int]]:
         """All test images in one file, the configuration in another; both as the package calls them."""
-        influences = {str(i): json.loads(self.part(int(i)).read_text(encoding="utf-8")) for i in self.chosen}
         outdir, stem = Path(self.config.outdir), self.config.file_stem
         results = outdir / f"influence_results_{stem}.json"
         meta = outdir / f"influences_results_meta_{stem.replace('_', '-')}.json"
         about = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.config).items()}
         about |= {"test_sample_index_list": self.chosen.tolist(), "made_with": self.keys["s_test"]}
-        for path, content in ((results, influences), (meta, about)):
-            _keep_previous(path)
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        total = np.zeros(self.train.size)
+        influences: dict[str, Any] = {}
+        _keep_previous(results)
+        with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for index in map(int, self.chosen):  # one after the other: a text of all of them could fill the memory
+                text = self.part(index).read_text(encoding="utf-8")
+                file.write(f'{"," if influences else "{"}\n"{index}": {text}')
+                influences[str(index)] = json.loads(text)
+                total += influences[str(index)]["influence"]
+            file.write("\n}\n")
+        _keep_previous(meta)
+        with atomic_path(meta) as temporary:
+            temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
+        for damaged in self.folder.glob("*.damaged"):
+            damaged.replace(outdir / f"{self.folder.name}-{damaged.name}")
         shutil.rmtree(self.folder)
-        mean = np.mean([entry["influence"] for entry in influences.values()], axis=0)
-        ranked = np.argsort(-mean, kind="stable")
+        ranked = np.argsort(-total, kind="stable")
         return influences, ranked.tolist(), ranked[::-1].tolist()
 
 
@@ -2263,13 +2329,29 @@ def _keep_previous(path: Path) -> None:
     """Rename a result that is already there, with the time it was written at, as the package does."""
     if path.exists():
         written = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(path.stat().st_mtime))
-        path.replace(path.with_name(f"{path.stem}_{written}{path.suffix}"))
+        names = (f"{path.stem}_{written}{more}{path.suffix}" for more in ("", *(f"-{i}" for i in range(2, 10_000))))
+        path.replace(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any type on any device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _model_checksum(model: nn.Module) -> int:
+    """Of the layers, of what is trainable, and of every weight and buffer."""
+    about = [(name, str(param.dtype), param.requires_grad) for name, param in model.named_parameters()]
+    total = zlib.crc32(f"{model!r} {about}".encode())
+    for value in model.state_dict().values():
+        total = zlib.crc32(_bytes_of(value), total)
+    return total
 
 
 def _check_steady(source: _Source, role: str) -> None:
     """Refuse random transforms: neither would the numbers mean anything, nor could a run be continued."""
     first = torch.arange(min(source.size, 20))
-    if not torch.equal(source.batch(first)[0], source.batch(first)[0]):
+    once, again = (source.batch(first)[0].double() for _ in range(2))
+    if not torch.allclose(once, again, rtol=0, atol=0, equal_nan=True):
         raise ValueError(f"{role} gives other images each time it is read; switch off its augmentation")
 
 
@@ -2278,8 +2360,8 @@ def _checksum(source: _Source) -> tuple[str, NDArray[np.int64]]:
     total, labels = 0, []
     for chosen in torch.arange(source.size).split(LOOK_CHUNK):
         images, given = source.batch(chosen)
-        total = zlib.crc32(given.numpy().tobytes(), zlib.crc32(np.ascontiguousarray(images.numpy()).data, total))
-        labels.append(given.numpy())
+        total = zlib.crc32(_bytes_of(given), zlib.crc32(_bytes_of(images), total))
+        labels.append(given.cpu().numpy())
     return f"{source.size}-{total:08x}", np.concatenate(labels)
 
 

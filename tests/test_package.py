@@ -1,8 +1,10 @@
 """The package's interface, delivered: its configuration, both its modes, its files, nothing lost, nothing mixed."""
 
+import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,14 @@ import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import notebook_support as ns
 
@@ -75,6 +84,14 @@ def test_the_packages_own_dict_is_taken():
         ({"scale": 0.0}, "scale must be a positive number"),
         ({"solver": "magic"}, "unknown solver 'magic'"),
         ({"jobs": 0}, "jobs must be"),
+        ({"jobs": 1.5}, "jobs must be of kind int, not 1.5"),
+        ({"gpu": True}, "gpu must be −1"),
+        ({"outdir": None}, "outdir must be of kind str or Path, not None"),
+        ({"save_pth": 3}, "save_pth must be of kind str or Path or None, not 3"),
+        ({"log_filename": False}, "log_filename must be of kind"),
+        ({"seed": "x"}, "seed must be of kind int, not 'x'"),
+        ({"damp": "0.1"}, "damp must be of kind int or float or None, not '0.1'"),
+        ({"progress": 1}, "progress must be of kind bool, not 1"),
         ({"test_sample_start_per_class": 2}, "needs test_sample_num"),
         ({"test_sample_num": 1, "test_sample_start_per_class": 2, "test_start_index": 0}, "and differ"),
     ],
@@ -89,6 +106,10 @@ def test_a_gpu_where_there_is_none(problem, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="'cuda:0' asked for"):
         ns.calc_img_wise(config_for(outdir, gpu=0), model, train, test)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="'cuda:7' asked for, but there are only 1; count from 0"):
+        ns.calc_img_wise(config_for(outdir, gpu=7), model, train, test)
 
 
 def test_tuning_takes_the_scale_from_the_model_and_no_more_steps_than_needed(problem):
@@ -209,11 +230,60 @@ def test_augmentation_is_refused(problem):
         ns.calc_img_wise(config_for(outdir), model, DataLoader(Jittered(*train.dataset.tensors)), test)
 
 
-def test_two_processes_give_the_same(problem):
+def test_a_pixel_that_is_no_number_is_not_taken_for_augmentation(problem):
     model, train, test, outdir = problem
-    alone, *_ = ns.calc_img_wise(config_for(outdir), model, train, test)
-    together, *_ = ns.calc_img_wise(config_for(outdir, jobs=2), model, train, test)
+    points, labels = train.dataset.tensors
+    broken = TensorDataset(torch.where(torch.arange(30)[:, None] == 3, torch.nan, points), labels)
+    for mode in (ns.calc_img_wise, ns.calc_all_grad_then_test):
+        with pytest.raises(ns.NonFiniteError):
+            mode(config_for(outdir, solver="identity", damp=1.0, save_pth=outdir / "kept"), model, broken, test)
+    assert not list((outdir / "kept" / "grad_z").glob("*"))
+
+
+def test_loaders_of_other_kinds(problem):
+    model, train, test, outdir = problem
+    plain = matrix(ns.calc_img_wise(config_for(outdir), model, train, test)[0])
+    batches = BatchSampler(SequentialSampler(train.dataset), 7, drop_last=False)
+    for loader in (DataLoader(train.dataset, batch_size=None), DataLoader(train.dataset, batch_sampler=batches)):
+        np.testing.assert_array_equal(matrix(ns.calc_img_wise(config_for(outdir), model, loader, test)[0]), plain)
+    assert ns._batch_size(DataLoader(train.dataset, batch_sampler=batches)) == 7
+    part = DataLoader(train.dataset, sampler=SubsetRandomSampler(range(20)))
+    with pytest.raises(ValueError, match="draws not every image of its data set once; give the loader a Subset"):
+        ns.calc_img_wise(config_for(outdir), model, part, test)
+
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 30
+
+        def __iter__(self):
+            return iter(train.dataset)
+
+    with pytest.raises(ValueError, match="train_loader must be a pair of tensors"):
+        ns.calc_img_wise(config_for(outdir), model, DataLoader(Stream()), test)
+
+
+class Watched(TensorDataset):
+    """Notes which process reads it."""
+
+    folder = ""
+
+    def __getitem__(self, index):
+        open(os.path.join(self.folder, f"pid-{os.getpid()}"), "w").close()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("solver", ["kernel", "lissa"])
+def test_two_processes_give_the_same(problem, solver):
+    model, train, test, outdir = problem
+    settings = {"solver": solver, "scale": 20.0, "recursion_depth": 30, "damp": 0.3}
+    alone, *_ = ns.calc_img_wise(config_for(outdir, **settings), model, train, test)
+    watched = Watched(*train.dataset.tensors)
+    watched.folder = str(outdir)
+    loader = DataLoader(watched, batch_size=7)
+    together, *_ = ns.calc_img_wise(config_for(outdir, jobs=2, **settings), model, loader, test)
     np.testing.assert_array_equal(matrix(alone), matrix(together))
+    workers = {path.name for path in outdir.glob("pid-*")} - {f"pid-{os.getpid()}"}
+    assert workers, "nothing was computed in another process"
 
 
 @pytest.mark.parametrize("solver", ["lissa", "cg"])
@@ -236,6 +306,15 @@ def test_silence_and_the_log(problem, capfd):
     assert (said.out, said.err) == ("", "")
     assert "running on 3 test images" in log.read_text()
     assert log.read_text().count("finished test image") == 3
+    try:
+        ns.init_logging(log)
+        ns.calc_img_wise(config_for(outdir, log_filename=log, test_sample_num=1), model, train, test)
+        assert capfd.readouterr().out == "", "silent after init_logging, too"
+        assert log.read_text().count("running on 3 test images") == 2, "each line once"
+        ns.calc_img_wise(config_for(outdir, progress=True, test_sample_num=1), model, train, test)
+        assert "running on 3 test images" in capfd.readouterr().out
+    finally:
+        ns.LOG.handlers = []
 
 
 def test_the_manuals_example_runs_unchanged_but_for_the_import(problem, monkeypatch):
@@ -270,17 +349,57 @@ def test_what_is_kept_is_used_again_and_refused_for_anything_else(problem, monke
     again, *_ = ns.calc_all_grad_then_test(config, model, train, test)
     np.testing.assert_array_equal(matrix(first), matrix(again))
     monkeypatch.undo()
-    other = torch.nn.Linear(5, 3).double()
-    with pytest.raises(ValueError, match="of another model, data set or configuration"):
-        ns.calc_all_grad_then_test(config, other, train, test)
-    with pytest.raises(ValueError, match="of another model, data set or configuration"):
+    other, same, frozen = torch.nn.Linear(5, 3).double(), copy.deepcopy(model), copy.deepcopy(model)
+    frozen.bias.requires_grad_(False)
+    different = copy.deepcopy(train.dataset.tensors)
+    different[0][4] += 1
+    changed = DataLoader(TensorDataset(*different), batch_size=7)
+    refused = "is of another model, data set or configuration"
+    kept, aside = outdir / "kept" / "s_test", outdir / "aside"
+    for asked in ((other, train), (frozen, train), (same, changed)):
+        with pytest.raises(ValueError, match=f"s_test.* {refused}"):
+            ns.calc_all_grad_then_test(config, *asked, test)
+        kept.rename(aside)
+        with pytest.raises(ValueError, match=f"grad_z.* {refused}"):
+            ns.calc_all_grad_then_test(config, *asked, test)
+        shutil.rmtree(kept)
+        aside.rename(kept)
+    with pytest.raises(ValueError, match=f"s_test.* {refused}"):
         ns.calc_all_grad_then_test(dataclasses.replace(config, damp=0.3), model, train, test)
-    less = DataLoader(TensorDataset(*(part[:29] for part in train.dataset.tensors)), batch_size=7)
-    with pytest.raises(ValueError, match="of another model, data set or configuration"):
-        ns.calc_all_grad_then_test(config, model, less, test)
+    shutil.rmtree(kept)
+    monkeypatch.setattr(ns._Run, "write_kept", only_s_test(ns._Run.write_kept))
+    ns.calc_all_grad_then_test(dataclasses.replace(config, damp=0.3), model, train, test)  # gradients serve any λ
     (outdir / "kept" / "grad_z" / "0-29.safetensors").write_bytes(b"broken")
     with pytest.raises(ns.CorruptFileError, match=r"0-29.safetensors is damaged"):
-        ns.calc_all_grad_then_test(config, model, train, test)
+        ns.calc_all_grad_then_test(dataclasses.replace(config, damp=0.3), model, train, test)
+
+
+def only_s_test(write_kept):
+    def checked(run, file, kind, tensor):
+        assert kind == "s_test", "the gradients were computed again"
+        write_kept(run, file, kind, tensor)
+
+    return checked
+
+
+def test_a_relative_folder_will_do(problem, monkeypatch):
+    model, train, test, outdir = problem
+    monkeypatch.chdir(outdir.parent)
+    ns.calc_all_grad_then_test(config_for("here", save_pth="kept", log_filename="log.txt"), model, train, test)
+    assert (outdir.parent / "kept" / "s_test" / "0.safetensors").exists()
+    assert (outdir.parent / "log.txt").exists()
+
+
+def test_two_halves_of_one_task_leave_each_other_alone(problem):
+    """The manual splits a task over machines by where each begins."""
+    model, train, test, outdir = problem
+    first = config_for(outdir, test_sample_num=1)
+    second = dataclasses.replace(first, test_sample_start_per_class=1)
+    waiting = ns._Run.prepare(first, model, train, test)
+    waiting.compute([0, 1], stored=False)
+    ns.calc_img_wise(second, model, train, test)
+    assert waiting.read_part(0) is not None
+    assert waiting.read_part(1) is not None
 
 
 def test_one_image_at_a_time_keeps_s_test_and_agrees(problem):
@@ -288,6 +407,7 @@ def test_one_image_at_a_time_keeps_s_test_and_agrees(problem):
     plain, *_ = ns.calc_img_wise(config_for(outdir), model, train, test)
     kept, *_ = ns.calc_img_wise(config_for(outdir, save_pth=outdir / "kept"), model, train, test)
     np.testing.assert_allclose(matrix(plain), matrix(kept), rtol=1e-6, atol=1e-14)
+    assert len(list((outdir / "kept" / "s_test").glob("*.safetensors"))) == 10
     assert not (outdir / "kept" / "grad_z").exists()
 
 
@@ -298,6 +418,9 @@ def test_results_of_before_are_renamed_never_lost(problem):
     ns.calc_img_wise(config_for(outdir, damp=0.3), model, train, test)
     (renamed,) = [path for path in outdir.glob("influence_results_0_False_*.json")]
     assert renamed.read_text() == before
+    for damp in (0.4, 0.5, 0.6):
+        ns.calc_img_wise(config_for(outdir, damp=damp), model, train, test)
+    assert len(list(outdir.glob("influence_results_0_False_*.json"))) == 4, "within the same second, too"
     assert (outdir / "influence_results_0_False.json").read_text() != before
 
 
@@ -361,6 +484,9 @@ def test_a_damaged_part_is_kept_aside_and_computed_again(problem, capsys):
     assert run.read_part(0) is None
     assert "0.json is damaged" in capsys.readouterr().out
     assert run.read_part(1) is not None
+    whole, *_ = ns.calc_img_wise(config, model, train, test)
+    assert len(whole) == 10
+    assert len(list(outdir.glob("unfinished-*.damaged"))) == 1, "kept when the rest is tidied away"
 
 
 # ── the original's files, and the loader ────────────────────────────────────────────────────────────────────────────
