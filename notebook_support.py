@@ -1995,8 +1995,8 @@ class InfluenceConfig:
         repeats, averages = _enough(averaged, tolerance)
         lines = [
             f"scale {self.scale} → {solver.scale:.4g}: twice the largest eigenvalue met + λ, {solver.scale / 2:.4g}",
-            f"recursion_depth {self.recursion_depth} → {depth}: residual by depth {depths}",
-            f"r_averaging {self.r_averaging} → {repeats}: residual by r {averages}",
+            f"recursion_depth {self.recursion_depth} → {depth}; residual by depth:\n    {depths}",
+            f"r_averaging {self.r_averaging} → {repeats}; residual by r: {averages}",
         ]
         if averages[repeats] > tolerance:
             lines.append(f"a residual of {tolerance} was not reached: allow more steps, raise damp, or use 'kernel'")

@@ -48,7 +48,9 @@ def execute(source: Path) -> NotebookNode:
     for cell in book.cells:
         cell.metadata.pop("execution", None)
     folder = {"metadata": {"path": str(source.parent.resolve())}}
-    client = TerminalClient(book, timeout=None, kernel_name="python3", resources=folder, record_timing=False)
+    client = TerminalClient(
+        book, timeout=None, kernel_name="python3", resources=folder, record_timing=False, coalesce_streams=True
+    )
     client.extra_arguments = ["--log-level=ERROR"]  # else the kernel warns about its own local port
     client.reset_execution_trackers()
     with client.setup_kernel():
