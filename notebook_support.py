@@ -2127,8 +2127,8 @@ def calc_all_grad_then_test(
         s_test/<test index>.safetensors     "s_test" (p,)         4·p bytes a test image (in float32)
         grad_z/<first>-<last>.safetensors   "grad_z" (rows, p)    4·p bytes a training image: n·p·4 in all
 
-    That is 12.4 GB for 62,006 parameters and 50,000 images; and it pays only where reading is faster than computing
-    again, which is rarely so. The header names the model, the data and the settings; files of others are refused.
+    That is 12.4 GB for 62,006 parameters and 50,000 images; it pays only where reading is faster than computing
+    again. The header names the model, the data and the settings; files of others are refused.
     The test images of a block are finished together (500 with solver "kernel", 10 with "lissa" or "cg"): so many may
     be lost when a run is killed.
     """
