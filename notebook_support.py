@@ -174,6 +174,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any type on any device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _set_aside(path: Path, error: Exception) -> None:
     """Rename a damaged cache file, and say so: it is never trusted and never thrown away."""
     aside = path.with_name(f"{path.name}.damaged")
@@ -233,8 +238,8 @@ class ImageData:
     @cached_property
     def fingerprint(self) -> str:
         """Checksum of images and labels; a checkpoint carries it so that it is never used for other data."""
-        images = zlib.crc32(np.ascontiguousarray(self.images.numpy()).data)
-        labels = zlib.crc32(self.labels.numpy().tobytes(), images)
+        images = zlib.crc32(_bytes_of(self.images))
+        labels = zlib.crc32(_bytes_of(self.labels), images)
         return f"{self.name.replace(' ', '-')}-{len(self)}-{labels:08x}"
 
 
@@ -906,10 +911,8 @@ def _unwrap(loader: DataLoader[Any], role: str) -> tuple[Any, Callable[[list[Any
     sampler, data = loader.sampler, loader.dataset
     if isinstance(sampler, Sized) and isinstance(data, Sized) and len(sampler) != len(data):
         raise ValueError(f"{role} draws not every image of its data set once; give the loader a Subset of it instead")
-    return (
-        data,
-        default_collate if loader.batch_sampler is None else loader.collate_fn,
-    )  # None: it is for single samples
+    single = loader.batch_sampler is None  # then its collate_fn is for one sample, and makes no batch
+    return data, default_collate if single else loader.collate_fn
 
 
 def _as_source(data: Any, role: str) -> _Source:
@@ -1085,6 +1088,11 @@ def _curvature_product(problem: _Problem, vectors: Tensor, indices: Tensor) -> T
     return total / len(indices)
 
 
+def _damped_product(problem: _Problem, vectors: Tensor, indices: Tensor) -> Tensor:
+    """(k, p) → (k, p): H + λI, with H of the samples at `indices`, times each vector."""
+    return _curvature_product(problem, vectors, indices) + problem.damping * vectors
+
+
 def largest_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, seed: int = 0, steps: int = 30) -> float:
     """Largest |eigenvalue| of a symmetric matrix given as (1, p) → (1, p), by power iteration (to about 1 %)."""
     generator = torch.Generator().manual_seed(seed)
@@ -1182,7 +1190,7 @@ class _CGSolver:
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """(H + λI) times each row."""
-        return _curvature_product(self.problem, vectors, self.problem.sample) + self.problem.damping * vectors
+        return _damped_product(self.problem, vectors, self.problem.sample)
 
     def solve(self, v: Tensor) -> tuple[Tensor, Health]:
         settings = self.problem.settings
@@ -1242,7 +1250,7 @@ class _LissaSolver:
         """The solution after each of `depths` (rising) steps of one recursion."""
         h = v.clone()
         for step in range(1, depths[-1] + 1):
-            h = v + h - (_curvature_product(self.problem, h, self.draw()) + self.problem.damping * h) / self.scale
+            h = v + h - _damped_product(self.problem, h, self.draw()) / self.scale
             if (step % 20 == 0 or step in depths) and not torch.isfinite(h).all():
                 raise NonFiniteError(
                     f"LiSSA diverged at scale {self.scale:.3g} (largest eigenvalue {self.largest:.3g}); raise scale or "
@@ -1252,8 +1260,7 @@ class _LissaSolver:
                 yield h / self.scale
 
     def residual(self, s: Tensor, v: Tensor) -> float:
-        check = _curvature_product(self.problem, s, self.problem.sample) + self.problem.damping * s - v
-        return _relative_residual(check, v)
+        return _relative_residual(_damped_product(self.problem, s, self.problem.sample) - v, v)
 
     def residuals(self, v: Tensor, depths: Sequence[int]) -> Iterator[tuple[int, float]]:
         """Each of `depths` and the residual that so many steps leave, without beginning anew for each."""
@@ -1938,16 +1945,15 @@ class InfluenceConfig:
         unknown keys.
         """
         fields = {entry.name for entry in dataclasses.fields(cls)}
-        config = {key: value for key, value in config.items() if key != "r"} | (
-            {"r_averaging": config["r"]} if "r" in config else {}
-        )
-        if unknown := set(config) - fields - {"dataset"}:
+        given = dict(config)
+        given.pop("dataset", None)
+        if "r" in given:
+            given["r_averaging"] = given.pop("r")
+        if unknown := set(given) - fields:
             raise ValueError(f"unknown key {', '.join(sorted(unknown))}; there are {', '.join(sorted(fields))}")
-        optional = {"save_pth", "log_filename"}
-        given = {
-            key: value for key, value in config.items() if key in fields and (value is not None or key in optional)
-        }
-        return cls(**given)
+        return cls(
+            **{key: value for key, value in given.items() if value is not None or key in ("save_pth", "log_filename")}
+        )
 
     @property
     def start(self) -> int:
@@ -2331,11 +2337,6 @@ def _keep_previous(path: Path) -> None:
         written = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(path.stat().st_mtime))
         names = (f"{path.stem}_{written}{more}{path.suffix}" for more in ("", *(f"-{i}" for i in range(2, 10_000))))
         path.replace(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor of any type on any device."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _model_checksum(model: nn.Module) -> int:
