@@ -45,10 +45,10 @@ bench: $(VENV)/.run $(BENCH)/.run  ## measure speed, and quality against the lib
 	$(BIN)/python benchmarks/speed.py
 	$(BENCH)/bin/python benchmarks/quality.py
 
-lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over the module
+lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over package and module
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy notebook_support.py tools benchmarks
+	$(BIN)/mypy influence_functions notebook_support.py tools benchmarks
 
 clean:  ## remove what `make run` and `make test` wrote (not .venv, not data/)
 	rm -rf build

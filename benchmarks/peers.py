@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
+import influence_functions.compat as ptif
 import notebook_support as ns
+from influence_functions import MEASURES, compute_influences
 
 Score = Callable[[ns.ImageData, float | None], NDArray[np.float32]]
 Models = Sequence[tuple[nn.Module, float]]
@@ -44,7 +46,7 @@ def ours(models: Models, train: ns.ImageData, **options: Any) -> Score:
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
         total = np.zeros((len(test), len(train)), dtype=np.float32)
         for model, _ in models:
-            total += ns.compute_influences(model, train, test, damping=damping, **options).scores / len(models)
+            total += compute_influences(model, train, test, damping=damping, **options).scores / len(models)
         return total
 
     return score
@@ -54,7 +56,7 @@ def gradient_product(models: Models, train: ns.ImageData) -> Score:
     """The baseline without any curvature: `solver="identity"`, for which damping is a mere factor."""
 
     def score(test: ns.ImageData, _: float | None) -> NDArray[np.float32]:
-        return ns.compute_influences(models[0][0], train, test, solver="identity", measure="loss").scores
+        return compute_influences(models[0][0], train, test, solver="identity", measure="loss").scores
 
     return score
 
@@ -76,7 +78,7 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
             return F.cross_entropy(logits, labels, reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return ns.MEASURES[measure](model(batch[0]), batch[1]).sum()
+            return MEASURES[measure].values(model(batch[0]), batch[1]).sum()
 
     folder, task = tempfile.TemporaryDirectory(prefix="kronfluence-"), Classification()
     model = prepare_model(copy.deepcopy(models[0][0]).eval(), task)
@@ -275,7 +277,7 @@ def package(models: Models, train: ns.ImageData, depth: int = 10) -> Score:
         rows = []
         for index in range(len(test)):
             one = as_dataset(test.subset([index]))
-            rows.append(-ns.run_package(models[0][0], as_dataset(train), one, depth, scale=scale or 25.0).influence)
+            rows.append(-ptif.run_original(models[0][0], as_dataset(train), one, depth, scale=scale or 25.0).influence)
         return np.array(rows, dtype=np.float32)
 
     return score

@@ -4,7 +4,7 @@
     python benchmarks/quality.py     # the same, in an environment that has them
 
 Same 5,000 training images, 1,000 test images, models and ground truth for all. The ground truth: 100 random halves of
-the training images, each trained on three times; `ns.linear_datamodeling_score` says how well the scores foretell
+the training images, each trained on three times; `linear_datamodeling_score` says how well the scores foretell
 which half leaves a test image with a low loss. Every method's damping (or other main value) is chosen by that same
 score, ours too, on the first test images only; what is then reported is for all test images.
 
@@ -42,6 +42,8 @@ from numpy.typing import NDArray
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import notebook_support as ns
+from influence_functions import NonFiniteError
+from influence_functions.metrics import LDS, linear_datamodeling_score, noise_ceiling
 
 FAST = ns.run_mode().fast
 PER_CLASS, TEST_IMAGES, HALVES, REPEATS, EPOCHS = (10, 12, 8, 2, 1) if FAST else (500, 1000, 100, 3, 16)
@@ -252,7 +254,7 @@ def timed(score: peers.Score, test: ns.ImageData, value: float | None) -> tuple[
     scores = score(test, value)
     seconds = time.perf_counter() - start
     if not np.isfinite(scores).all():
-        raise ns.NonFiniteError("its scores are NaN or infinite")
+        raise NonFiniteError("its scores are NaN or infinite")
     return scores, seconds
 
 
@@ -275,10 +277,10 @@ def tune(method: Method, score: peers.Score, part: ns.ImageData) -> tuple[float 
     return max(found, key=lambda value: found[value]), tried
 
 
-def lds(scores: NDArray[np.float32]) -> ns.LDS:
+def lds(scores: NDArray[np.float32]) -> LDS:
     """LDS of a matrix for the first test images, as many as it has rows, against the mean of the repeated trainings."""
     masks, losses = truth()
-    return ns.linear_datamodeling_score(scores, masks, losses.mean(0)[:, : len(scores)])
+    return linear_datamodeling_score(scores, masks, losses.mean(0)[:, : len(scores)])
 
 
 def measure(method: Method) -> dict[str, Any]:
@@ -405,7 +407,7 @@ def main(only: list[str]) -> None:
     chosen = [method for method in METHODS if not only or method.name in only or method.file.exists()]
     records = {method: in_own_process(method) for method in chosen}
     rows = [row(method, record) for method, record in records.items()]
-    agreement, ceiling = ns.noise_ceiling(truth()[1])
+    agreement, ceiling = noise_ceiling(truth()[1])
     print(f"\n{machine()}; {len(data()[0]):,} training and {TEST_IMAGES:,} test images")
     print(f"No scores can pass an LDS of {ceiling:.3f} here: two trainings of one half agree to {agreement:.3f} only.")
     base = max(record.get("base", 0) for record in records.values())

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
+import influence_functions.compat as ptif
 import notebook_support as ns
+from influence_functions import compute_influences, pick_device
 
 DOCUMENTED_DEPTH = 5_000  # recursion depth in the package's manual
 PART_DEPTH, PART_IMAGES = 200, 2_000
@@ -38,13 +40,13 @@ def prepare() -> tuple[torch.nn.Module, ns.ImageData, ns.ImageData]:
     model, checkpoint = ns.Net(), Path("data/net.safetensors")
     if checkpoint.exists():
         model.load_state_dict(ns.read_checkpoint(checkpoint)[0])
-    return model.to(ns.pick_device()), train, test
+    return model.to(pick_device()), train, test
 
 
 def time_plain(n: int) -> dict[str, Any]:
     """One forward and backward pass over n images in batches of 500, without an optimiser step."""
     model, train, _ = prepare()
-    device, seconds = ns.pick_device(), []
+    device, seconds = pick_device(), []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
         for chosen in torch.arange(n).split(500):
@@ -61,7 +63,7 @@ def time_engine(n: int, m: int) -> dict[str, Any]:
     subset, runs = train.subset(range(n)), []
     for _ in range(REPEATS if m == 10 and n == len(train) else 1):
         start = time.perf_counter()
-        health = ns.compute_influences(model, subset, test, range(m)).health
+        health = compute_influences(model, subset, test, range(m)).health
         runs.append((time.perf_counter() - start, health.seconds_solve, health.seconds_score))
     whole, solve, score = (list(column) for column in zip(*runs))
     return {"seconds": whole, "solve": solve, "score": score}
@@ -71,7 +73,9 @@ def time_package(batch_size: int) -> dict[str, Any]:
     """A part of the package's work for one test image, and what all of it would take."""
     model, train, test = prepare()
     part = TensorDataset(*train.batch(torch.arange(PART_IMAGES)))
-    run = ns.run_package(model, part, TensorDataset(*test.batch(torch.tensor([0]))), PART_DEPTH, batch_size=batch_size)
+    run = ptif.run_original(
+        model, part, TensorDataset(*test.batch(torch.tensor([0]))), PART_DEPTH, batch_size=batch_size
+    )
     scaled = run.seconds_for(DOCUMENTED_DEPTH, len(train), PART_DEPTH)
     return {"seconds": [scaled], "measured": run.seconds_solve + run.seconds_score}
 
@@ -96,7 +100,7 @@ def summary(figures: dict[str, Any]) -> dict[str, Any]:
 
 def machine() -> str:
     """Device, cores and versions, for whoever compares."""
-    gpu = torch.cuda.get_device_name() if ns.pick_device().type == "cuda" else "no GPU"
+    gpu = torch.cuda.get_device_name() if pick_device().type == "cuda" else "no GPU"
     cores, threads = os.cpu_count(), torch.get_num_threads()
     return (
         f"{gpu}, {cores} CPU cores, torch {torch.__version__} on {threads} threads, Python {platform.python_version()}"

@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
-MODULES = [ROOT / "notebook_support.py", *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
+PACKAGE = ROOT / "influence_functions"
+MODULES = [
+    ROOT / "notebook_support.py",
+    *PACKAGE.rglob("*.py"),
+    *ROOT.glob("tools/*.py"),
+    *ROOT.glob("benchmarks/*.py"),
+]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users|usr)/|[A-Z]:\\\\")
 
 
@@ -57,7 +63,7 @@ class TestNotebook:
             file.stem
             for file in ROOT.rglob("*.py")
             if not any(part.startswith(".") for part in file.relative_to(ROOT).parts)
-        } - {"notebook_support"}
+        } - {"notebook_support", "influence_functions", *(file.stem for file in PACKAGE.rglob("*.py"))}
         assert not ours & set(imports)
 
     def test_it_was_run_on_the_real_data_in_full(self, path):
@@ -141,7 +147,7 @@ def test_no_cifar_file_cache_or_environment_is_committed():
     [
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
-        ["mypy", "notebook_support.py", "tools", "benchmarks"],
+        ["mypy", "influence_functions", "notebook_support.py", "tools", "benchmarks"],
     ],
 )
 def test_the_linters_find_nothing(command):

@@ -16,6 +16,7 @@ import torch
 from torchvision import transforms
 
 import notebook_support as ns
+from influence_functions import CorruptFileError
 
 
 def test_cifar10_is_what_it_should_be(cifar):
@@ -38,10 +39,10 @@ def test_a_damaged_and_a_missing_cifar_file_are_named(cifar, root, tmp_path, mon
         (folder / file.name).symlink_to(file.resolve())
     monkeypatch.delenv("CIFAR10_DIR", raising=False)
     (folder / "data_batch_3").unlink()
-    with pytest.raises(ns.CorruptFileError, match=r"data_batch_3 is missing"):
+    with pytest.raises(CorruptFileError, match=r"data_batch_3 is missing"):
         ns.load_data(root=tmp_path)
     (folder / "data_batch_3").write_bytes((source / "data_batch_3").read_bytes()[:1_000_000])
-    with pytest.raises(ns.CorruptFileError, match=r"data_batch_3 is damaged"):
+    with pytest.raises(CorruptFileError, match=r"data_batch_3 is damaged"):
         ns.load_data(root=tmp_path)
     assert (folder / "data_batch_3").stat().st_size == 1_000_000
 
@@ -148,7 +149,7 @@ def test_a_truncated_checkpoint_is_named_and_neither_used_nor_overwritten(digits
     whole = path.read_bytes()
     for damaged in (whole[:1000], whole[:-7], b"", b"x" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(ns.CorruptFileError, match=r"net\.safetensors is damaged"):
+        with pytest.raises(CorruptFileError, match=r"net\.safetensors is damaged"):
             trained(digits, path)
         assert path.read_bytes() == damaged
 
@@ -221,7 +222,7 @@ def test_results_keep_the_other_chapters_and_refuse_a_damaged_file(tmp_path):
         ns.record_results(path, "one", {"a": float("nan")})
     assert ns.read_results(path)["one"] == {"a": 3}
     path.write_text('{"one": ')
-    with pytest.raises(ns.CorruptFileError, match=r"results\.json is not JSON"):
+    with pytest.raises(CorruptFileError, match=r"results\.json is not JSON"):
         ns.record_results(path, "one", {"a": 1})
     assert path.read_text() == '{"one": '
 

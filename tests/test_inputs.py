@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 import notebook_support as ns
+from influence_functions import InfluenceSettings, NonFiniteError, compute_influences
+from influence_functions.exact import fit_softmax_regression
 
 IMAGES, LABELS = torch.rand(6, 3, 32, 32), torch.arange(6)
 DATA = (IMAGES, LABELS)
 
 
 def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
-    return ns.compute_influences(model or ns.Net(), train, test, indices, **{"device": "cpu", "samples": 6, **changes})
+    return compute_influences(model or ns.Net(), train, test, indices, **{"device": "cpu", "samples": 6, **changes})
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"damping": -0.1}, "damping must be a positive number, not -0.1"),
         ({"damping": 0.0}, "damping must be a positive"),
         ({"damping": float("nan")}, "damping must be a positive"),
-        ({"solver": "magic"}, "unknown solver 'magic': use one of kernel, cg, lissa, identity"),
+        ({"solver": "magic"}, "unknown solver 'magic': use one of cg, identity, kernel, lissa"),
         ({"measure": "accuracy"}, "unknown measure 'accuracy': use one of loss, margin"),
         ({"curvature": "round"}, "unknown curvature"),
         ({"samples": 0}, "samples must be at least 1"),
@@ -30,16 +32,16 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"iteration": 5}, "unknown setting iteration; there are batch_size"),
         ({"indices": [6]}, r"test indices must lie in 0\.\.5"),
         ({"indices": [-1]}, r"test indices must lie in 0\.\.5"),
-        ({"indices": []}, "no test image chosen"),
+        ({"indices": []}, "no test sample chosen"),
         ({"device": "toaster"}, "unknown device 'toaster'"),
         ({"train": (IMAGES[:0], LABELS[:0])}, "train is empty"),
         ({"test": (IMAGES[:0], LABELS[:0])}, "test is empty"),
-        ({"train": (IMAGES, LABELS[:3])}, "6 images but 3 labels"),
+        ({"train": (IMAGES, LABELS[:3])}, "6 inputs but 3 targets"),
         ({"train": (IMAGES, LABELS + 5)}, r"labels must lie in 0\.\.9, for 10 classes \(outputs\); found 5\.\.10"),
         ({"test": (IMAGES, LABELS - 1)}, "found -1"),
         ({"train": (IMAGES, LABELS.float())}, "labels must be whole numbers"),
-        ({"train": (IMAGES[:, :1], LABELS)}, r"the model refuses images of shape \(1, 32, 32\)"),
-        ({"test": (IMAGES[:, :, :20, :20], LABELS)}, r"test: the model refuses images of shape \(3, 20, 20\)"),
+        ({"train": (IMAGES[:, :1], LABELS)}, r"the model refuses inputs of shape \(1, 32, 32\)"),
+        ({"test": (IMAGES[:, :, :20, :20], LABELS)}, r"test: the model refuses inputs of shape \(3, 20, 20\)"),
         ({"train": 3}, "train must be a pair of tensors"),
     ],
 )
@@ -58,7 +60,7 @@ def test_a_model_with_nan_weights():
     model = ns.Net()
     with torch.no_grad():
         model.fc2.weight[0, 0] = torch.nan
-    with pytest.raises(ns.NonFiniteError, match="weights contain NaN"):
+    with pytest.raises(NonFiniteError, match="weights contain NaN"):
         influences(model)
 
 
@@ -71,16 +73,16 @@ def test_a_model_that_returns_nan():
         def forward(self, x):
             return torch.log(self.fc(x.flatten(1)) * 0 - 1)
 
-    with pytest.raises(ns.NonFiniteError, match="the model returns NaN"):
+    with pytest.raises(NonFiniteError, match="the model returns NaN"):
         influences(Broken())
 
 
 def test_one_bad_image_is_named_by_its_index():
     images = IMAGES.clone()
     images[4, 0, 3, 3] = torch.inf
-    with pytest.raises(ns.NonFiniteError, match="training image 4"):
+    with pytest.raises(NonFiniteError, match="training sample 4"):
         influences(train=(images, LABELS), samples=1, damping=1.0, solver="identity")
-    with pytest.raises(ns.NonFiniteError, match="gradient of a test image"):
+    with pytest.raises(NonFiniteError, match="gradient of a test sample"):
         influences(test=(images, LABELS), indices=[4], damping=1.0)
 
 
@@ -103,12 +105,12 @@ def test_a_training_configuration_that_makes_no_sense():
 
 def test_a_softmax_regression_without_one_of_its_classes():
     with pytest.raises(ValueError, match="every class"):
-        ns.fit_softmax_regression(torch.rand(4, 2), torch.tensor([0, 2, 2, 0]), 0.1)
+        fit_softmax_regression(torch.rand(4, 2), torch.tensor([0, 2, 2, 0]), 0.1)
 
 
 def test_a_training_that_diverges_says_what_to_lower():
     train, _ = ns.load_data("digits")
-    with pytest.raises(ns.NonFiniteError, match="lower TrainConfig"):
+    with pytest.raises(NonFiniteError, match="lower TrainConfig"):
         ns.train_model(ns.Net(), train, ns.TrainConfig(epochs=1, peak_lr=1e12))
 
 
@@ -116,6 +118,6 @@ def test_settings_describe_themselves_for_json():
     def my_measure(outputs, labels):
         return outputs.sum(1)
 
-    assert ns.InfluenceSettings(measure=my_measure).describe()["measure"] == "my_measure"
-    assert ns.InfluenceSettings().describe()["measure"] == "margin"
+    assert InfluenceSettings(measure=my_measure).describe()["measure"] == "my_measure"
+    assert InfluenceSettings().describe()["measure"] == "margin"
     assert np.isfinite(influences(measure="margin").scores).all()

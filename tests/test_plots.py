@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 import notebook_support as ns
+from influence_functions import Influences
+from influence_functions.metrics import LDS
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_counts_and_confusion_show_the_true_numbers(digits):
 def test_influential_images_are_labelled_with_score_class_and_index(digits):
     train, test = digits
     scores = np.linspace(-1, 1, len(train))[None]
-    influences = ns.Influences(scores, np.array([2]), test.labels[2:3].numpy(), train.labels.numpy(), {}, None)
+    influences = Influences(scores, np.array([2]), test.labels[2:3].numpy(), train.labels.numpy(), {}, None)
     figure = ns.plot_influential(influences, 0, digits, "digit 1 (90%)")
     titles = [ax.get_title() for ax in figure.axes]
     last = len(train) - 1
@@ -77,7 +79,7 @@ def test_influential_images_are_labelled_with_score_class_and_index(digits):
 def test_stability_is_written_below_each_image_and_unstable_ones_are_framed(digits):
     train, test = digits
     scores = np.linspace(-1, 1, len(train))[None]
-    influences = ns.Influences(scores, np.array([2]), test.labels[2:3].numpy(), train.labels.numpy(), {}, None)
+    influences = Influences(scores, np.array([2]), test.labels[2:3].numpy(), train.labels.numpy(), {}, None)
     counts = pd.DataFrame(
         {"test_index": 2, "kind": "helpful", "train_index": [len(train) - 1, len(train) - 2], "found_by": [4, 1]}
     ).assign(models=5)
@@ -102,7 +104,7 @@ def test_predictions_removals_and_scores_are_drawn_as_given():
     )  # fmt: skip
     ax = ns.plot_removals(plt.subplots()[1], outcomes, noise=0.5)
     assert [container[0].get_ydata().tolist() for container in ax.containers] == [[10, 50], [-10, -50], [0, 0]]
-    score = ns.LDS(0.3, 0.2, 0.4, np.array([0.3]), np.array([0.3]))
+    score = LDS(0.3, 0.2, 0.4, np.array([0.3]), np.array([0.3]))
     ax = ns.plot_scores_with_interval(plt.subplots()[1], [1, 2], [score, score], "x", "red")
     assert ax.lines[0].get_ydata().tolist() == [0.3, 0.3]
     plt.close("all")

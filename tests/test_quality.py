@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import notebook_support as ns
+from influence_functions.metrics import LDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -44,7 +45,7 @@ def test_ours_is_the_mean_over_models(small):
 
 
 def test_tuning_reports_what_fails_and_picks_the_best(monkeypatch):
-    monkeypatch.setattr(quality, "lds", lambda scores: ns.LDS(float(scores.mean()), 0, 0, scores, scores))
+    monkeypatch.setattr(quality, "lds", lambda scores: LDS(float(scores.mean()), 0, 0, scores, scores))
 
     def score(test, value):
         if value == 2.0:

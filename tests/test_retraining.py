@@ -15,6 +15,9 @@ import torch
 from scipy.stats import spearmanr
 
 import notebook_support as ns
+from influence_functions import Influences
+from influence_functions.exact import leave_one_out, removal_effect
+from influence_functions.metrics import count_top_images, linear_datamodeling_score, noise_ceiling, stability_of
 
 CONFIG = ns.TrainConfig(epochs=1, batch_size=32, peak_lr=0.02)
 
@@ -51,7 +54,7 @@ def test_lds_by_hand():
     scores = np.array([[4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
     # sums of the scores kept: 7, 6, 4, 3 and 0, 0, 1, 1; the predicted order of the losses is their reverse
     outcomes = np.array([[0.1, 0.5], [0.4, 0.6], [0.3, 0.7], [0.9, 0.2]])
-    found = ns.linear_datamodeling_score(scores, masks, outcomes)
+    found = linear_datamodeling_score(scores, masks, outcomes)
     # ranks of −7, −6, −4, −3: 1 2 3 4; of the outcomes: 1 3 2 4: Spearman 1 − 6·2/(4·15) = 0.8
     assert found.per_test[0] == pytest.approx(0.8)
     # predictions 0 0 −1 −1 have ranks 3.5 3.5 1.5 1.5, outcomes ranks 2 3 4 1: both sides' products cancel
@@ -64,11 +67,11 @@ def test_lds_is_scipys_spearman_with_our_sign():
     generator = np.random.default_rng(0)
     masks, scores = ns.random_halves(30, 40), generator.normal(size=(5, 30))
     outcomes = generator.normal(size=(40, 5)).round(1)  # with ties
-    found = ns.linear_datamodeling_score(scores, masks, outcomes)
+    found = linear_datamodeling_score(scores, masks, outcomes)
     expected = [spearmanr(-(masks @ row), column).statistic for row, column in zip(scores, outcomes.T)]
     np.testing.assert_allclose(found.per_test, expected, atol=1e-9)
-    perfect = ns.linear_datamodeling_score(scores, masks, -(masks @ scores.T))
-    swapped = ns.linear_datamodeling_score(-scores, masks, -(masks @ scores.T))
+    perfect = linear_datamodeling_score(scores, masks, -(masks @ scores.T))
+    swapped = linear_datamodeling_score(-scores, masks, -(masks @ scores.T))
     assert perfect.mean == pytest.approx(1)
     assert swapped.mean == pytest.approx(-1)
 
@@ -78,7 +81,7 @@ def test_lds_interval_covers_the_truth_and_shrinks_with_data():
     widths = []
     for count in (20, 200):
         masks, scores = ns.random_halves(50, count), generator.normal(size=(40, 50))
-        found = ns.linear_datamodeling_score(scores, masks, generator.normal(size=(count, 40)))
+        found = linear_datamodeling_score(scores, masks, generator.normal(size=(count, 40)))
         assert found.low < 0 < found.high, "no relation: the interval must hold 0"
         widths.append(found.high - found.low)
     assert widths[1] < widths[0] / 2
@@ -87,23 +90,23 @@ def test_lds_interval_covers_the_truth_and_shrinks_with_data():
 
 def test_lds_of_a_constant_is_zero_and_wrong_shapes_are_named():
     masks = ns.random_halves(10, 6)
-    assert ns.linear_datamodeling_score(np.zeros((2, 10)), masks, np.random.rand(6, 2)).mean == 0  # noqa: NPY002
+    assert linear_datamodeling_score(np.zeros((2, 10)), masks, np.random.rand(6, 2)).mean == 0  # noqa: NPY002
     with pytest.raises(ValueError, match=r"masks must be \(h, n\)"):
-        ns.linear_datamodeling_score(np.zeros((2, 11)), masks, np.zeros((6, 2)))
+        linear_datamodeling_score(np.zeros((2, 11)), masks, np.zeros((6, 2)))
     with pytest.raises(ValueError, match="outcomes"):
-        ns.linear_datamodeling_score(np.zeros((2, 10)), masks, np.zeros((2, 6)))
+        linear_datamodeling_score(np.zeros((2, 10)), masks, np.zeros((2, 6)))
 
 
 def test_noise_ceiling_by_hand():
     one = np.array([[1.0], [2.0], [3.0], [4.0]])
     other = np.array([[1.0], [3.0], [2.0], [4.0]])  # Spearman 0.8 with `one`
-    agreement, ceiling = ns.noise_ceiling(np.stack([one, other]))
+    agreement, ceiling = noise_ceiling(np.stack([one, other]))
     assert agreement == pytest.approx(0.8)
     assert ceiling == pytest.approx((2 * 0.8 / 1.8) ** 0.5)
-    assert ns.noise_ceiling(np.stack([one, one, one])) == pytest.approx((1, 1))
-    assert ns.noise_ceiling(np.stack([one, -one])) == (0, 0)
+    assert noise_ceiling(np.stack([one, one, one])) == pytest.approx((1, 1))
+    assert noise_ceiling(np.stack([one, -one])) == (0, 0)
     with pytest.raises(ValueError, match="at least two"):
-        ns.noise_ceiling(one[None])
+        noise_ceiling(one[None])
 
 
 def test_noise_ceiling_is_what_the_perfect_prediction_reaches():
@@ -111,8 +114,8 @@ def test_noise_ceiling_is_what_the_perfect_prediction_reaches():
     masks, scores = ns.random_halves(60, 400), generator.normal(size=(100, 60))
     signal_part = -(masks @ scores.T)
     repeats = signal_part + 2 * signal_part.std() * generator.normal(size=(3, *signal_part.shape))
-    reached = ns.linear_datamodeling_score(scores, masks, repeats.mean(0)).mean
-    assert reached == pytest.approx(ns.noise_ceiling(repeats)[1], abs=0.03)
+    reached = linear_datamodeling_score(scores, masks, repeats.mean(0)).mean
+    assert reached == pytest.approx(noise_ceiling(repeats)[1], abs=0.03)
 
 
 def test_leave_one_out_equals_refitting_from_scratch():
@@ -120,9 +123,9 @@ def test_leave_one_out_equals_refitting_from_scratch():
     features = torch.randn(200, 6, generator=generator, dtype=torch.float64)
     labels = (features[:, :3] + torch.randn(200, 3, generator=generator)).argmax(1)
     test = torch.randn(7, 6, generator=generator, dtype=torch.float64), torch.arange(7) % 3
-    found = ns.leave_one_out((features, labels), test, 0.01, [3, 50, 199])
+    found = leave_one_out((features, labels), test, 0.01, [3, 50, 199])
     assert found.shape == (3, 7)
-    expected = [ns.removal_effect((features, labels), test, 0.01, [index]) for index in (3, 50, 199)]
+    expected = [removal_effect((features, labels), test, 0.01, [index]) for index in (3, 50, 199)]
     np.testing.assert_allclose(found.mean(1), expected, atol=1e-8)
 
 
@@ -261,17 +264,17 @@ def test_models_are_kept_reused_and_replaced(little, tmp_path, trained, capsys):
 
 def influences(rows, tests=(7,)):
     scores = np.array(rows, dtype=float)
-    return ns.Influences(scores, np.array(tests), np.zeros(len(scores), int), np.zeros(scores.shape[1], int), {}, None)
+    return Influences(scores, np.array(tests), np.zeros(len(scores), int), np.zeros(scores.shape[1], int), {}, None)
 
 
 def test_stability_counts_models_by_hand():
     models = [influences([[5, 4, 0, -4, -5]]), influences([[5, 0, 4, -5, -4]]), influences([[-9, 4, 5, 6, 0]])]
-    counts = ns.count_top_images(models, k=2)
-    assert ns.stability_of(counts, 7, "helpful") == pytest.approx({0: 2 / 3, 1: 1 / 3, 2: 2 / 3, 3: 1 / 3})
-    assert ns.stability_of(counts, 7, "harmful") == pytest.approx({0: 1 / 3, 3: 2 / 3, 4: 1.0})
-    assert ns.stability_of(counts, 8, "helpful") is None, "never measured is not the same as found by none"
+    counts = count_top_images(models, k=2)
+    assert stability_of(counts, 7, "helpful") == pytest.approx({0: 2 / 3, 1: 1 / 3, 2: 2 / 3, 3: 1 / 3})
+    assert stability_of(counts, 7, "harmful") == pytest.approx({0: 1 / 3, 3: 2 / 3, 4: 1.0})
+    assert stability_of(counts, 8, "helpful") is None, "never measured is not the same as found by none"
     with pytest.raises(ValueError, match="same test images"):
-        ns.count_top_images([models[0], influences([[1, 2, 3, 4, 5]], tests=[8])])
+        count_top_images([models[0], influences([[1, 2, 3, 4, 5]], tests=[8])])
 
 
 def test_a_table_is_made_once_and_only_used_for_what_it_was_made_for(tmp_path, capsys):

@@ -1,0 +1,117 @@
+"""What every room of the package stands on: its errors, the device, safe files, parallel work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import cloudpickle
+import joblib
+import torch
+from joblib.parallel import get_active_backend
+from torch import Tensor
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+
+class CorruptFileError(ValueError):
+    """A file on disk is damaged or not what its name promises; the message names it and says what to do."""
+
+
+class NonFiniteError(ValueError):
+    """A computation produced NaN or infinity; the message says what to change."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises ValueError when the device asked for is not on this machine.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: use 'auto', 'cpu', 'cuda' or 'mps'") from error
+    if not available.get(device.type, False):
+        raise ValueError(f"device {name!r} asked for, but torch can use none here; use 'auto' or 'cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} asked for, but there are only {torch.cuda.device_count()}; count from 0")
+    return device
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; rename it to `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes private files; a result is for everyone
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, error: Exception) -> None:
+    """Rename a damaged cache file, and say so: it is never trusted and never thrown away."""
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    print(f"{path} is damaged ({error}); kept as {aside.name}, and what was in it is computed again")
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of any type on any device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+# ── parallel work ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Shipped(Generic[Task, Answer]):
+    """A callable in a file, read once by each worker process: its tasks stay as small as what they are about."""
+
+    def __init__(self, work: Callable[[Task], Answer], folder: str) -> None:
+        self.path = os.path.join(folder, "work.pkl")
+        with open(self.path, "wb") as file:
+            cloudpickle.dump(work, file)  # unlike pickle, it takes classes that were defined in a notebook
+
+    def __call__(self, task: Task) -> Answer:
+        return _read_work(self.path)(task)
+
+
+@lru_cache(maxsize=1)
+def _read_work(path: str) -> Callable[[Any], Any]:
+    """The callable in a file of `_Shipped`: ours, in a folder that only this user can write to."""
+    with open(path, "rb") as file:
+        return cloudpickle.load(file)
+
+
+def in_parallel(
+    work: Callable[[Task], Answer], tasks: Iterable[Task], jobs: int, ordered: bool = True
+) -> Iterator[Answer]:
+    """`work` of each of the `tasks`, `jobs` at a time through joblib, in the order of the tasks unless told otherwise.
+
+    Worker processes get `work`, with whatever data it holds, once, by way of a file; then only the tasks travel. The
+    file lies in JOBLIB_TEMP_FOLDER, where that is set: a cluster of several machines needs a folder that all can read.
+    """
+    pool = joblib.Parallel(n_jobs=jobs, return_as="generator" if ordered else "generator_unordered")
+    if jobs == 1 or getattr(get_active_backend()[0], "supports_sharedmem", False):
+        yield from pool(joblib.delayed(work)(task) for task in tasks)
+        return
+    with tempfile.TemporaryDirectory(prefix="influence-", dir=os.environ.get("JOBLIB_TEMP_FOLDER")) as folder:
+        shipped = _Shipped(work, folder)
+        yield from pool(joblib.delayed(shipped)(task) for task in tasks)

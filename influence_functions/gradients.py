@@ -1,0 +1,238 @@
+"""`GradientMaker`: model + measure → gradients, one a sample, each layer by the cheapest road that is right.
+
+Three roads: the rule of the layer's type, the layer alone under vmap, and, for parameters that are used outside their
+layer's call (shared, tied, parametrised, functional), the whole network under vmap or, where torch cannot, in a loop.
+Which road a layer takes is proved on real samples against plain autograd, each layer on its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call, grad, vmap
+
+from .blocks import Block, Dense, lightest
+from .data import Inputs, arguments, call, on_tensors
+from .layers import Call, by_rule, by_vmap
+from .measures import Measure
+from .stack import Gradients
+
+Road = Callable[[nn.Module, Sequence[str], Call], Block]
+_Recorded = tuple[str, tuple[Any, ...], dict[str, Any], GradientEdge]
+NETWORK = "(the network)"  # where parameters that go through the whole network stand among the layers
+
+
+class GradientMaker:
+    """Gradients of a measure with respect to the trainable parameters of a model, one a sample.
+
+    model: a private copy in eval mode, which is never changed. Small to pickle: it holds no data.
+    `slow_layers`: names of the layers that no rule serves, after `prove`.
+    """
+
+    def __init__(self, model: nn.Module, measure: Measure) -> None:
+        self.model, self.measure = model, measure
+        self.params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.layers = _layers(model)
+        self.roads: dict[str, Road] = {}
+        self.looped = False
+        self.slow_layers: tuple[str, ...] = ()
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+    @property
+    def size(self) -> int:
+        """p, the number of trainable parameters."""
+        return sum(param.numel() for param in self.params.values())
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs, targets: Tensor) -> Gradients:
+        """The gradients of the measure at each sample: inputs (b, …), targets (b, …)."""
+        blocks = self._by_layer(inputs, targets) if self.roads else {}
+        if rest := self._rest():
+            values = self._through_the_network(rest, inputs, targets)
+            blocks[NETWORK] = Dense(torch.cat([values[name].flatten(1) for name in rest], dim=1))
+        return Gradients(tuple(blocks.values()), tuple(self._places(name, rest) for name in blocks))
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """name → (k, *shape) becomes (k, p), parameters side by side in the model's order."""
+        return torch.cat([tensors[name].flatten(1) for name in self.params], dim=1)
+
+    def unflatten(self, matrix: Tensor) -> dict[str, Tensor]:
+        """(k, p) becomes name → (k, *shape): the inverse of `flatten`."""
+        pieces = matrix.split([param.numel() for param in self.params.values()], dim=1)
+        return {name: piece.unflatten(1, self.params[name].shape) for name, piece in zip(self.params, pieces)}
+
+    def prove(self, inputs: Inputs, targets: Tensor) -> None:
+        """Choose each layer's road on a few samples (b, …), in their order and in the reverse, against plain autograd.
+
+        A rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
+        """
+        truth = self._in_a_loop([*self.params], inputs, targets)
+        backwards = on_tensors(lambda part: part.flip(0), inputs), targets.flip(0)
+        for road in (by_rule, by_vmap):
+            self.roads |= dict.fromkeys(self.layers.keys() - self.roads.keys(), road)
+            found, reverse = self._attempt(inputs, targets), self._attempt(*backwards)
+            for name in [name for name, chosen in self.roads.items() if chosen is road]:
+                wanted = torch.cat([truth[param].flatten(1) for param in self._parameters(name)], dim=1)
+                if not (_close(found.get(name), wanted) and _close(reverse.get(name), wanted.flip(0))):
+                    del self.roads[name]
+            if road is by_rule:
+                self.slow_layers = tuple(name for name in self.layers if name not in self.roads)
+        self.roads = {name: self.roads[name] for name in self.layers if name in self.roads}
+        rest = self._rest()
+        self.slow_layers += tuple(name for name in rest if name.rpartition(".")[0] not in self.layers)
+        self.looped = bool(rest) and not self._network_agrees(rest, truth, inputs, targets)
+
+    def _attempt(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
+        """The gradients (b, q) of every layer whose road serves it at all."""
+        found, calls = {}, self._capture(inputs, targets)
+        for name in self.roads:
+            try:
+                with torch.no_grad():
+                    found[name] = self._block(name, calls.get(name, []), len(targets)).dense()
+            except NotImplementedError:
+                continue
+            except Exception as error:  # whatever a rule raises: there are other roads
+                if self.roads[name] is by_rule:
+                    kind = type(self.model.get_submodule(name)).__name__
+                    warnings.warn(f"layer {name!r} ({kind}) goes the slow way: {error}", stacklevel=2)
+        return found
+
+    def _network_agrees(self, rest: list[str], truth: Mapping[str, Tensor], inputs: Inputs, targets: Tensor) -> bool:
+        try:
+            found = self._through_the_network(rest, inputs, targets)
+        except (RuntimeError, ValueError, TypeError):  # torch says so where vmap does not serve an operation
+            return False
+        return all(_close(found[name], truth[name]) for name in rest)
+
+    def _by_layer(self, inputs: Inputs, targets: Tensor) -> dict[str, Block]:
+        calls, found = self._capture(inputs, targets), {}
+        for name in self.roads:
+            try:
+                found[name] = self._block(name, calls.get(name, []), len(targets))
+            except Exception as error:
+                kind = type(self.model.get_submodule(name)).__name__
+                raise ValueError(f"layer {name!r} ({kind}): its gradients failed: {error}") from error
+        return found
+
+    def _block(self, name: str, calls: Sequence[Call], samples: int) -> Block:
+        """The gradients of a layer, summed over its calls; zero where it was not called."""
+        layer, names = self.model.get_submodule(name), self.layers[name]
+        blocks = [self.roads[name](layer, names, one) for one in calls]
+        if not blocks:
+            params = [layer.get_parameter(param) for param in names]
+            return Dense(params[0].new_zeros(samples, sum(param.numel() for param in params)).detach())
+        return lightest(reduce(lambda a, b: a.add(b), blocks))
+
+    def _capture(self, inputs: Inputs, targets: Tensor) -> dict[str, list[Call]]:
+        """The calls of each layer in one forward pass, with the gradients at their outputs: no weight's is computed."""
+        model, recorded = self._hooked()
+        recorded.clear()
+        with torch.enable_grad():
+            total = self.measure.values(call(model, inputs), targets).sum()
+        chosen = [one for one in recorded if one[0] in self.roads]
+        calls: dict[str, list[Call]] = {}
+        if chosen and total.requires_grad:
+            deltas = torch.autograd.grad(total, [edge for *_, edge in chosen], allow_unused=True)
+            for (name, args, kwargs, _), delta in zip(chosen, deltas):
+                if delta is not None:
+                    calls.setdefault(name, []).append(Call(args, kwargs, delta))
+        recorded.clear()
+        return calls
+
+    def _hooked(self) -> tuple[nn.Module, list[_Recorded]]:
+        """A copy of the model that shares its parameters and records calls: one for each thread of each process."""
+        if not hasattr(self._local, "hooked"):
+            shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+            recorded: list[_Recorded] = []
+            model = copy.deepcopy(self.model, shared)
+            for name in self.layers:
+                model.get_submodule(name).register_forward_hook(partial(_record, recorded, name), with_kwargs=True)
+            self._local.hooked = model, recorded
+        return self._local.hooked
+
+    def _through_the_network(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
+        """name → (b, *shape): the gradients of the parameters `names`, by differentiating the whole network."""
+        if self.looped:
+            return self._in_a_loop(names, inputs, targets)
+
+        def single(values: dict[str, Tensor], inputs: Inputs, target: Tensor) -> Tensor:
+            args, kwargs = arguments(on_tensors(lambda part: part[None], inputs))
+            return self.measure.values(functional_call(self.model, values, args, kwargs), target[None]).sum()
+
+        return vmap(grad(single), in_dims=(None, 0, 0))({n: self.params[n] for n in names}, inputs, targets)
+
+    def _in_a_loop(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
+        """The same by plain autograd, one sample after the other: slow, general, and what all else is held against."""
+        params, rows = [self.model.get_parameter(name) for name in names], []
+        for i in range(len(targets)):
+            one = slice(i, i + 1)
+            with torch.enable_grad():
+                outputs = call(self.model, on_tensors(partial(torch.narrow, dim=0, start=i, length=1), inputs))
+                value = self.measure.values(outputs, targets[one]).sum()
+            nothing = [None] * len(params)
+            found = torch.autograd.grad(value, params, allow_unused=True) if value.requires_grad else nothing
+            rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, params)])
+        return {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+
+    def _parameters(self, layer: str) -> list[str]:
+        """The full names of the parameters of a layer."""
+        return [f"{layer}.{name}" if layer else name for name in self.layers[layer]]
+
+    def _rest(self) -> list[str]:
+        """The full names of the parameters that no layer's road serves."""
+        served = {param for name in self.roads for param in self._parameters(name)}
+        return [name for name in self.params if name not in served]
+
+    def _places(self, layer: str, rest: list[str]) -> tuple[slice, ...]:
+        """Where the columns of a layer's block, in their order, stand among all p."""
+        starts, start = {}, 0
+        for name, param in self.params.items():
+            starts[name] = slice(start, start := start + param.numel())
+        return tuple(starts[name] for name in (rest if layer == NETWORK else self._parameters(layer)))
+
+
+def _layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Layer → its trainable parameters, for the layers without children whose parameters nobody shares."""
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners[param] = owners.get(param, 0) + 1
+    found = {}
+    for name, layer in model.named_modules():
+        own = {n: p for n, p in layer.named_parameters(recurse=False, remove_duplicate=False) if p.requires_grad}
+        if own and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
+            found[name] = tuple(own)
+    return found
+
+
+def _record(
+    recorded: list[_Recorded], name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    if isinstance(out, Tensor) and out.requires_grad:
+        # The edge stands for the output as it is now, whatever an in-place activation does to the tensor afterwards.
+        plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        named = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
+        recorded.append((name, plain, named, get_gradient_edge(out)))
+
+
+def _close(found: Tensor | None, wanted: Tensor) -> bool:
+    if found is None or found.shape != wanted.shape:
+        return False
+    tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-3
+    limit = tolerance * float(wanted.abs().max()) if wanted.numel() else 0.0
+    return torch.allclose(found, wanted, rtol=tolerance, atol=limit, equal_nan=True)

@@ -1,0 +1,122 @@
+"""How good are scores? The linear datamodeling score, what noise leaves of it, and how stable the images shown are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from .results import Influences
+
+
+@dataclass(frozen=True, eq=False)
+class LDS:
+    """Linear datamodeling score: its mean over the test images, a 95 % interval, and each test image's own (m,)."""
+
+    mean: float
+    low: float
+    high: float
+    per_test: NDArray[np.float64]
+    resampled: NDArray[np.float64]
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def minus(self, other: LDS) -> tuple[float, float, float]:
+        """Difference of the means and its 95 % interval; both must come from the same resampling (same seed)."""
+        gaps = self.resampled - other.resampled
+        return self.mean - other.mean, *np.quantile(gaps, [0.025, 0.975]).tolist()
+
+
+def linear_datamodeling_score(
+    scores: NDArray[Any], masks: NDArray[np.bool_], outcomes: NDArray[Any], repeats: int = 1000, seed: int = 0
+) -> LDS:
+    """How well `scores` foretell which halves of the training data give a test image a low loss.
+
+    scores (m, n), positive = helpful; masks (h, n): images kept in each of h retrainings; outcomes (h, m): the loss
+    (or margin) each of them ended with. The sum of the scores of the images kept, negated, predicts the outcome; their
+    Spearman correlation over the h halves is the score of one test image, −1..1 (Ilyas et al. 2022, arXiv:2202.00622;
+    Park et al. 2023, arXiv:2303.14186, definition 2.3). A prediction that never changes scores 0.
+    The interval is a bootstrap over halves and test images at once, ranks kept as they are.
+    """
+    m, n = scores.shape
+    if masks.shape[1:] != (n,) or outcomes.shape != (len(masks), m):
+        raise ValueError(
+            f"scores {scores.shape} are (m, n), so masks must be (h, n) and outcomes (h, m), not {masks.shape}, "
+            f"{outcomes.shape}"
+        )
+    predicted, actual = _standard_ranks(-(masks.astype(scores.dtype) @ scores.T)), _standard_ranks(outcomes)
+    generator = np.random.default_rng(seed)
+    halves = generator.multinomial(len(masks), np.full(len(masks), 1 / len(masks)), size=repeats) / len(masks)
+    images = generator.multinomial(m, np.full(m, 1 / m), size=repeats) / m
+    resampled = (_weighted_correlation(halves, predicted, actual) * images).sum(1)
+    per_test = _weighted_correlation(np.full((1, len(masks)), 1 / len(masks)), predicted, actual)[0]
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+    return LDS(float(per_test.mean()), low, high, per_test, resampled)
+
+
+def _standard_ranks(values: NDArray[Any]) -> NDArray[np.float64]:
+    """(h, m) → ranks within each column (ties share their mean), to mean 0 and variance 1; 0 where all are equal."""
+    ranks = rankdata(values, axis=0)
+    ranks -= ranks.mean(0)
+    return ranks / np.maximum(ranks.std(0), 1e-12)
+
+
+def _weighted_correlation(
+    weights: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(k, h) weights that sum to 1, (h, m) and (h, m) → (k, m) correlations over h; 0 where one side is constant."""
+    mean_a, mean_b = weights @ a, weights @ b
+    spread = np.sqrt((weights @ a**2 - mean_a**2).clip(0) * (weights @ b**2 - mean_b**2).clip(0))
+    return np.where(spread > 1e-9, (weights @ (a * b) - mean_a * mean_b) / np.maximum(spread, 1e-9), 0)
+
+
+def noise_ceiling(outcomes: NDArray[Any]) -> tuple[float, float]:
+    """(r, h, m) outcomes of r repeated trainings of each half → agreement of two trainings, and the LDS ceiling.
+
+    The agreement is the mean Spearman correlation between two repeats. The mean of r repeats has the reliability
+    R = r·agreement / (1 + (r − 1)·agreement) (Spearman-Brown), and √R is the most that a perfect prediction of the
+    noise-free outcome could score against it.
+    """
+    if len(outcomes) < 2:
+        raise ValueError("a noise ceiling needs at least two repeated trainings of each half")
+    ranks, whole = [_standard_ranks(repeat) for repeat in outcomes], np.full((1, outcomes.shape[1]), 1.0)
+    whole /= outcomes.shape[1]
+    pairs = [_weighted_correlation(whole, a, b).mean() for a, b in itertools.combinations(ranks, 2)]
+    agreement, r = max(float(np.mean(pairs)), 0.0), len(outcomes)
+    return agreement, math.sqrt(r * agreement / (1 + (r - 1) * agreement))
+
+
+def count_top_images(models: Sequence[Influences], k: int = 10) -> pd.DataFrame:
+    """In how many of several models' results is a training image among the k most helpful, or most harmful?
+
+    One row for each (test_index, kind, train_index) that occurs at all: `found_by` of `models` models. All results
+    must be about the same test images.
+    """
+    if not models or any(one.test_indices.tolist() != models[0].test_indices.tolist() for one in models):
+        raise ValueError("pass the influences of at least one model, all for the same test images")
+    rows = [
+        {"test_index": int(index), "kind": kind, "train_index": int(j)}
+        for one in models
+        for i, index in enumerate(one.test_indices)
+        for kind, ranked in (("helpful", one.helpful(i, k)), ("harmful", one.harmful(i, k)))
+        for j in ranked
+    ]
+    counts = pd.DataFrame(rows).groupby(["test_index", "kind", "train_index"]).size().rename("found_by").reset_index()
+    return counts.assign(models=len(models))
+
+
+def stability_of(counts: pd.DataFrame, test_index: int, kind: str) -> dict[int, float] | None:
+    """train_index → share of the models that have it in their top; None when that test image was not measured."""
+    measured = counts[counts["test_index"] == test_index]
+    if measured.empty:
+        return None
+    chosen = measured[measured["kind"] == kind]
+    return dict(zip(chosen["train_index"].tolist(), (chosen["found_by"] / chosen["models"]).tolist()))

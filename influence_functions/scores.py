@@ -1,0 +1,220 @@
+"""The calls: influence of every training sample on chosen test samples, on all of them, on itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
+
+from ._support import NonFiniteError, in_parallel
+from .data import Source, as_source
+from .problem import Problem, join_targets, make_problem
+from .results import Influences
+from .settings import InfluenceSettings
+from .solvers import Health, Solved, prepare
+from .stack import Gradients
+
+Models = nn.Module | Sequence[nn.Module]
+Indices = Sequence[int] | NDArray[Any] | Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Scoring:
+    """Indices (b,) → scores (m, b) of these training samples by each of several solutions, and their targets."""
+
+    problem: Problem
+    solved: tuple[Solved, ...]
+
+    def __call__(self, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
+        inputs, targets = self.problem.batch(self.problem.train, chosen)
+        gradients = self.problem.maker(inputs, targets)
+        return [one.scores(gradients).cpu() for one in self.solved], targets.cpu()
+
+
+def score_training(problem: Problem, solved: Sequence[Solved]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
+    """(m, n) influences by each of the solutions, in one pass over the training data, and its targets (n, …)."""
+    settings, everything = problem.settings, torch.arange(problem.train.size)
+    # Each its own copy: a part of a tensor travels to another process with all of it.
+    chunks = (chosen.clone() for chosen in everything.split(settings.chunk))
+    parts = in_parallel(_Scoring(problem, tuple(solved)), chunks, settings.jobs)
+    count = math.ceil(problem.train.size / settings.chunk)
+    shown = tqdm(parts, total=count, desc="scoring", unit="chunk", leave=False, disable=not settings.progress)
+    found, targets = zip(*shown)
+    return [join_scores(column) for column in zip(*found)], join_targets(list(targets)).numpy()
+
+
+def join_scores(parts: Sequence[Tensor]) -> NDArray[Any]:
+    """(m, n) influences from the products of chunks (m, b) of training gradients; NonFiniteError names a bad sample."""
+    products = torch.cat(list(parts), dim=1)
+    scores = products / products.shape[1]
+    if not torch.isfinite(scores).all():
+        first = int((~torch.isfinite(scores)).any(0).nonzero()[0])
+        raise NonFiniteError(
+            f"the score of training sample {first} is NaN or infinite; check its values, raise damping"
+        )
+    return scores.cpu().numpy()
+
+
+def _models(model: Models) -> list[nn.Module]:
+    """The models to average over."""
+    found = [model] if isinstance(model, nn.Module) else list(model)
+    if not found or not all(isinstance(one, nn.Module) for one in found):
+        raise ValueError("model must be an nn.Module, or a sequence of at least one to average over")
+    return found
+
+
+def _indices(chosen: Indices, source: Source) -> Tensor:
+    return torch.arange(source.size) if chosen is None else torch.as_tensor(chosen, dtype=torch.long)
+
+
+def _sweep(model: nn.Module, train: Any, test: Source, indices: Tensor, settings: InfluenceSettings,
+           factors: Sequence[float]) -> list[Influences]:  # fmt: skip
+    """The influences of one model at each multiple of its damping; the data is read once for all of them."""
+    start = time.perf_counter()
+    problem = make_problem(model, train, settings)
+    problem.check_tests(test, indices)
+    prepared = prepare(problem)
+    gradients, labels = problem.gradients(test, indices)
+    solved = [prepared.solve(gradients, factor * problem.damping) for factor in factors]
+    middle = time.perf_counter()
+    scores, train_labels = score_training(problem, solved)
+    times = {"seconds_solve": middle - start, "seconds_score": time.perf_counter() - middle}
+    about: dict[str, Any] = {**times, "slow_layers": problem.maker.slow_layers}
+    return [
+        Influences(
+            found, indices.numpy(), labels.numpy(), train_labels, settings.describe(),
+            dataclasses.replace(one.health, **about),
+        )
+        for found, one in zip(scores, solved)
+    ]  # fmt: skip
+
+
+def _mean_health(each: Sequence[Health]) -> Health:
+    """Of several models: the worst residual, the mean damping, all seconds and all slow layers."""
+    return dataclasses.replace(
+        each[0],
+        residual=max(one.residual for one in each),
+        damping=float(np.mean([one.damping for one in each])),
+        largest_eigenvalue=max((one.largest_eigenvalue for one in each if one.largest_eigenvalue), default=None),
+        iterations=max(one.iterations for one in each),
+        seconds_solve=sum(one.seconds_solve for one in each),
+        seconds_score=sum(one.seconds_score for one in each),
+        slow_layers=tuple(dict.fromkeys(name for one in each for name in one.slow_layers)),
+    )
+
+
+def compute_influences(
+    model: Models,
+    train: Any,
+    test: Any,
+    test_indices: Indices = None,
+    settings: InfluenceSettings | None = None,
+    **changes: Any,
+) -> Influences:
+    """Influence of every training sample on the chosen test samples (all of them by default); positive = helpful.
+
+    model: any nn.Module, or several, whose scores are averaged: steadier, and nearer to what retraining does.
+    train, test: tensors (inputs, targets), where inputs may also be a tuple or dict of tensors, for model(x), model(*x)
+    or model(**x); a map-style data set, a DataLoader of one, or a `Source`.
+    settings, changes: an `InfluenceSettings`, and single settings to change in it, as in `solver="cg"`.
+    The model is copied: its weights, modes and requires_grad flags stay as they are.
+    Memory: about r·w + m·p + m·n numbers, w the `width` of the gradients; n × p gradients are never held.
+
+    Koh & Liang 2017, eq. 2, negated and divided by n, so that it estimates what leaving the sample out does.
+    Raises ValueError (NonFiniteError where a number went bad) saying what was wrong and what to do.
+
+    >>> _ = torch.manual_seed(0)
+    >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3
+    >>> found = compute_influences(nn.Linear(4, 3), (points, classes), (points, classes), test_indices=[0, 1])
+    >>> found.scores.shape, found.health.solver, len(found.helpful(0, k=5))
+    ((2, 60), 'kernel', 5)
+    """
+    chosen, source = (settings or InfluenceSettings()).changed(changes), as_source(test, "test")
+    indices = _indices(test_indices, source)
+    each = [_sweep(one, train, source, indices, chosen, [1.0])[0] for one in _models(model)]
+    mean = np.mean([one.scores for one in each], axis=0) if len(each) > 1 else each[0].scores
+    return dataclasses.replace(each[0], scores=mean, health=_mean_health([one.health for one in each]))
+
+
+def sweep_damping(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    factors: Sequence[float],
+    settings: InfluenceSettings | None = None,
+    **changes: Any,
+) -> dict[float, Influences]:
+    """factor → influences on all of `test` at damping = factor × the one that `settings` gives or the data suggests.
+
+    The data is read, and the solver prepared, once for all of them.
+
+    >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3
+    >>> found = sweep_damping(nn.Linear(4, 3), (points, classes), (points, classes), factors=(0.1, 1, 10))
+    >>> round(found[10].health.damping / found[0.1].health.damping)
+    100
+    """
+    if not factors or min(factors) <= 0:
+        raise ValueError(f"factors must be positive multiples of the damping, at least one, not {list(factors)}")
+    source = as_source(test, "test")
+    chosen = (settings or InfluenceSettings()).changed(changes)
+    return dict(zip(factors, _sweep(model, train, source, _indices(None, source), chosen, factors)))
+
+
+def mean_influences(
+    model: Models, train: Any, test: Any, settings: InfluenceSettings | None = None, **changes: Any
+) -> NDArray[Any]:
+    """(n,) mean over all of `test` of the influence of each training sample, for the price of one test sample.
+
+    Influence is linear in the test gradient, so the mean gradient is solved once; the same as `Influences.mean()`.
+    Arguments and errors as in `compute_influences`.
+
+    >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3
+    >>> mean_influences(nn.Linear(4, 3), (points, classes), (points, classes)).shape
+    (60,)
+    """
+    chosen, source = (settings or InfluenceSettings()).changed(changes), as_source(test, "test")
+    return np.mean([_mean_of_one(one, train, source, chosen) for one in _models(model)], axis=0)
+
+
+def _mean_of_one(model: nn.Module, train: Any, test: Source, settings: InfluenceSettings) -> NDArray[Any]:
+    problem, everything = make_problem(model, train, settings), torch.arange(test.size)
+    problem.check_tests(test, everything)
+    parts = [problem.gradients(test, part)[0] for part in everything.split(settings.chunk)]
+    ones = next(iter(problem.maker.params.values())).new_ones(1, settings.chunk)
+    total = torch.stack([part.weighted(ones[:, : len(part)]) for part in parts]).sum(0)
+    mean = parts[0].like(total / test.size)
+    return score_training(problem, [prepare(problem).solve(mean)])[0][0][0]
+
+
+def self_influences(
+    model: Models, train: Any, indices: Indices = None, settings: InfluenceSettings | None = None, **changes: Any
+) -> NDArray[Any]:
+    """(k,) influence of each training sample on itself, ∇L(z)ᵀ(H + λI)⁻¹∇L(z)/n ≥ 0; large = hard to do without.
+
+    The diagonal of `compute_influences(model, train, train)` without the rest of that matrix. Koh & Liang 2017, 5.4.
+    Arguments and errors as in `compute_influences`.
+
+    >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3
+    >>> bool((self_influences(nn.Linear(4, 3), (points, classes)) >= 0).all())
+    True
+    """
+    chosen = (settings or InfluenceSettings()).changed(changes)
+    return np.mean([np.concatenate([*_own(one, train, indices, chosen)]) for one in _models(model)], axis=0)
+
+
+def _own(model: nn.Module, train: Any, indices: Indices, settings: InfluenceSettings) -> Iterator[NDArray[Any]]:
+    problem = make_problem(model, train, settings)
+    chosen, prepared = _indices(indices, problem.train), prepare(problem)
+    problem.check_tests(problem.train, chosen)
+    for part in chosen.split(settings.chunk):
+        gradients: Gradients = problem.gradients(problem.train, part, "training")[0]
+        yield (prepared.solve(gradients).own() / problem.train.size).cpu().numpy()

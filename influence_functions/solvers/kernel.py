@@ -1,0 +1,115 @@
+"""`kernel`: direct, through the r × r Gram matrix of r sampled gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._support import NonFiniteError
+from ..curvature import largest_eigenvalue
+from ..problem import Problem
+from ..stack import Gradients
+from .base import Directions, Health, Prepared, Solved, relative_residual, solver
+
+
+def gram_matrix(gradients: Gradients, blocks: int = 8) -> Tensor:
+    """(r, r) inner products of all samples, float64 on the CPU; the lower half is computed and mirrored."""
+    r, columns = len(gradients), []
+    for start in range(0, r, step := -(-r // blocks)):
+        below = gradients.select(slice(start, r)).products(gradients.select(slice(start, start + step)))
+        columns.append(torch.cat([below.new_zeros(start, below.shape[1]), below]).cpu().double())
+    lower = torch.cat(columns, dim=1).tril()
+    return lower + lower.tril(-1).T
+
+
+@dataclass(frozen=True, eq=False)
+class InnerProducts(Solved):
+    """The answer without any direction s: only inner products of gradients are ever needed.
+
+    With K the products among the r sampled gradients G and k those of a test gradient v with them,
+    gᵀ(GᵀG/r + λI)⁻¹v = (gᵀv − (Gg)ᵀ(K + rλI)⁻¹k) / λ: at a price that depends on the `width` of the gradients instead
+    of p, and hardly on the number of test samples. weights (m, r) = (K + rλI)⁻¹k.
+    """
+
+    sample: Gradients
+    tests: Gradients
+    weights: Tensor
+    health: Health
+
+    def scores(self, chunk: Gradients) -> Tensor:
+        """(m, b)."""
+        return (self.tests.products(chunk) - self.weights @ self.sample.products(chunk)) / self.health.damping
+
+    def own(self) -> Tensor:
+        """(m,)."""
+        products = self.tests.products(self.sample)
+        return (self.tests.squares() - (products * self.weights).sum(1)) / self.health.damping
+
+    def directions(self) -> Tensor:
+        """(m, p): s = (v − Gᵀ(K + rλI)⁻¹k) / λ."""
+        return (self.tests.dense() - self.sample.weighted(self.weights)) / self.health.damping
+
+
+@solver("kernel")
+class Kernel(Prepared):
+    """The damped Fisher inverse by Woodbury: (GᵀG/r + λI)⁻¹ v = (v − Gᵀ (GGᵀ + rλI)⁻¹ G v) / λ.
+
+    No step size, no divergence; factorised in float64, once for each λ.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.sample = problem.sampled
+        self.gram = gram_matrix(self.sample)
+        self.largest = largest_eigenvalue(lambda vector: vector @ self.gram, self.gram[:1]) / len(self.gram)
+        self.factors: dict[float, Tensor] = {}
+
+    def solve(self, tests: Gradients, damping: float | None = None) -> Solved:
+        """Two roads to the same numbers: directions, or inner products where these cost less for so many tests."""
+        return self.by_products(tests, damping) if self.pays(len(tests)) else self.by_directions(tests, damping)
+
+    def pays(self, m: int) -> bool:
+        """Whether r + m inner products a training sample cost less than m full ones."""
+        return (len(self.sample) + m) * self.sample.width < m * self.sample.size
+
+    def by_directions(self, tests: Gradients, damping: float | None = None) -> Directions:
+        """The residual is that of the directions, in their own precision."""
+        damping = damping or self.problem.damping
+        solved = InnerProducts(self.sample, tests, self.weights(tests, damping)[0], self.health(0.0, damping))
+        s, v = solved.directions(), tests.dense()
+        check = self.sample.weighted(self.sample.against(s)) / len(self.sample) + damping * s - v
+        return Directions(tests, s, self.health(relative_residual(check, v), damping))
+
+    def by_products(self, tests: Gradients, damping: float | None = None) -> InnerProducts:
+        """The residual follows from the Gram matrix, since that of s is a weighted sum of the sampled gradients."""
+        damping = damping or self.problem.damping
+        (weights, k), shift = self.weights(tests, damping), len(self.gram) * damping
+        exact = weights.cpu().double()
+        error = (k - exact @ self.gram - shift * exact) / shift
+        norms = ((error @ self.gram) * error).sum(1).clamp_min(0).sqrt()
+        tiny = torch.finfo(torch.float64).tiny
+        residual = float((norms / tests.squares().cpu().double().sqrt().clamp_min(tiny)).max())
+        return InnerProducts(self.sample, tests, weights, self.health(residual, damping))
+
+    def weights(self, tests: Gradients, damping: float) -> tuple[Tensor, Tensor]:
+        """(K + rλI)⁻¹k (m, r), in the type of the gradients, and k (m, r) in float64 on the CPU."""
+        products = tests.products(self.sample)
+        k = products.cpu().double()
+        return torch.cholesky_solve(k.T, self.factor(damping)).T.to(products), k
+
+    def factor(self, damping: float) -> Tensor:
+        """Cholesky factor of K + rλI."""
+        if damping not in self.factors:
+            shifted = self.gram + len(self.gram) * damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
+            factor, failed = torch.linalg.cholesky_ex(shifted)
+            if failed or not torch.isfinite(factor).all():
+                raise NonFiniteError(f"the Gram matrix with damping {damping:.1e} is singular; raise damping")
+            self.factors = {damping: factor}  # a sweep asks for one after the other
+        return self.factors[damping]
+
+    def health(self, residual: float, damping: float) -> Health:
+        """Direct, so without iterations."""
+        labels = "given" if self.problem.measure.draw is None else "drawn"
+        return Health("kernel", residual, damping, self.largest, samples=len(self.gram), labels=labels)

@@ -1,0 +1,92 @@
+"""`Gradients`: one block a layer, side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocks import Block, Dense, alike
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """The gradients of b samples with respect to all p parameters: blocks, and where each one's columns stand in p."""
+
+    blocks: tuple[Block, ...]
+    places: tuple[tuple[slice, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks[0])
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return sum(block.size for block in self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Multiplications that an inner product of two samples costs."""
+        return sum(block.width for block in self.blocks)
+
+    def _gather(self, directions: Tensor, places: tuple[slice, ...]) -> Tensor:
+        """The columns of directions (m, p) at some places."""
+        first, last = places[0], places[-1]
+        if all(a.stop == b.start for a, b in itertools.pairwise(places)):
+            return directions[:, first.start : last.stop]
+        return torch.cat([directions[:, place] for place in places], dim=1)
+
+    def _assemble(self, parts: Sequence[Tensor]) -> Tensor:
+        """(k, q) of each block as (k, p)."""
+        whole = parts[0].new_empty(len(parts[0]), self.size)
+        for part, places in zip(parts, self.places):
+            for place, piece in zip(places, part.split([place.stop - place.start for place in places], dim=1)):
+                whole[:, place] = piece
+        return whole
+
+    def dense(self) -> Tensor:
+        """(b, p), parameters in the model's order."""
+        return self._assemble([block.dense() for block in self.blocks])
+
+    def products(self, other: Gradients) -> Tensor:
+        """(b, b') inner products with the gradients of other samples."""
+        pairs: Iterator[Any] = (alike(pair) for pair in zip(self.blocks, other.blocks, strict=True))
+        return _sum([mine.products(theirs) for mine, theirs in pairs])
+
+    def squares(self) -> Tensor:
+        """(b,) squared norms."""
+        return _sum([block.squares() for block in self.blocks])
+
+    def against(self, directions: Tensor) -> Tensor:
+        """(m, b) inner products with directions (m, p)."""
+        parts = zip(self.blocks, self.places)
+        return _sum([block.against(self._gather(directions, places)) for block, places in parts])
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """(m, p) sums of the gradients, weighted by (m, b)."""
+        return self._assemble([block.weighted(weights) for block in self.blocks])
+
+    def select(self, chosen: slice) -> Gradients:
+        """Some of the samples."""
+        return Gradients(tuple(block.select(chosen) for block in self.blocks), self.places)
+
+    def like(self, matrix: Tensor) -> Gradients:
+        """Any (k, p) as gradients of k samples, in blocks like these."""
+        return Gradients(tuple(Dense(self._gather(matrix, places)) for places in self.places), self.places)
+
+    @staticmethod
+    def join(parts: Sequence[Gradients]) -> Gradients:
+        """All samples of `parts`, in order."""
+        columns = [alike(column) for column in zip(*(part.blocks for part in parts), strict=True)]
+        return Gradients(tuple(type(column[0]).join(column) for column in columns), parts[0].places)  # type: ignore
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.add_(part)  # ours alone: nobody else holds these results
+    return total

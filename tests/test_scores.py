@@ -1,0 +1,121 @@
+"""What must not matter: order, chunks, threads, processes, the form of the data."""
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+import notebook_support as ns
+from influence_functions import (
+    MEASURES,
+    InfluenceSettings,
+    compute_influences,
+    mean_influences,
+    self_influences,
+)
+from influence_functions.problem import make_problem
+
+# ── invariances ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def digits_net():
+    train, test = ns.load_data("digits")
+    ns.seed_everything(0)
+    model = ns.Net()
+    ns.train_model(model, train.subset(range(300)), ns.TrainConfig(epochs=2, batch_size=32))
+    return model, train.subset(range(300)), test.subset(range(50))
+
+
+def scores(digits_net, **changes):
+    model, train, test = digits_net
+    return compute_influences(model, train, test, range(4), **{"samples": 100, "device": "cpu", **changes}).scores
+
+
+def test_two_runs_with_one_seed_give_the_same_bits_and_another_seed_does_not(digits_net):
+    assert np.array_equal(scores(digits_net), scores(digits_net))
+    assert not np.allclose(scores(digits_net), scores(digits_net, seed=1), rtol=1e-3)
+
+
+def test_chunk_size_does_not_matter(digits_net):
+    expected = scores(digits_net, chunk=300)
+    for chunk in (1, 7, 64):
+        assert np.abs(scores(digits_net, chunk=chunk) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_two_workers_give_the_scores_of_one(digits_net, backend):
+    expected = scores(digits_net, chunk=100)
+    with joblib.parallel_config(backend=backend):
+        found = scores(digits_net, chunk=100, jobs=2)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_number_of_torch_threads_does_not_matter(digits_net):
+    expected, threads = scores(digits_net), torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        found = scores(digits_net)
+    finally:
+        torch.set_num_threads(threads)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_order_of_the_images_does_not_matter(blobs, mlp):
+    images, labels = blobs
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    settings = InfluenceSettings(solver="cg", measure="loss", damping=0.05, samples=40, tolerance=1e-10)
+    straight = compute_influences(mlp, blobs, blobs, range(6), settings).scores
+    shuffled = compute_influences(mlp, (images[order], labels[order]), blobs, [5, 4, 3, 2, 1, 0], settings).scores
+    assert np.allclose(shuffled[::-1], straight[:, order], rtol=1e-6, atol=1e-12)
+
+
+class Pairs(Dataset):
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+def test_tensors_image_data_and_data_sets_are_the_same_data(digits_net):
+    model, train, test = digits_net
+    expected = scores(digits_net)
+    images, labels = train.batch(torch.arange(len(train)))
+    for kind in ((images, labels), Pairs(images, labels), TensorDataset(images, labels), train):
+        assert np.array_equal(scores((model, kind, test)), expected)
+
+
+def test_mean_and_self_influences_are_row_mean_and_diagonal(blobs, mlp):
+    settings = InfluenceSettings(damping=0.05, samples=40, device="cpu", chunk=7)
+    full = compute_influences(mlp, blobs, blobs, None, settings)
+    assert full.scores.shape == (40, 40)
+    assert np.allclose(mean_influences(mlp, blobs, blobs, settings), full.mean(), rtol=1e-9, atol=1e-14)
+    assert np.allclose(self_influences(mlp, blobs, None, settings), np.diag(full.scores), rtol=1e-9)
+    assert np.allclose(self_influences(mlp, blobs, [3, 1], settings), np.diag(full.scores)[[3, 1]], rtol=1e-9)
+
+
+def test_a_constant_test_loss_has_no_influence(blobs, mlp):
+    def constant(outputs: Tensor, labels: Tensor) -> Tensor:
+        return outputs.sum(1) * 0 + 3
+
+    found = compute_influences(mlp, blobs, blobs, [0], measure=constant, damping=1.0, device="cpu")
+    assert not found.scores.any()
+
+
+def test_the_margin_is_the_log_odds_of_the_label():
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    p = logits.softmax(1)[torch.arange(6), labels]
+    assert torch.allclose(MEASURES["margin"].values(logits, labels), -torch.log(p / (1 - p)))
+
+
+def test_the_automatic_damping_is_the_mean_eigenvalue_of_the_gram_matrix(blobs, mlp):
+    problem = make_problem(mlp, blobs, InfluenceSettings(samples=10, device="cpu"))
+    eigenvalues = torch.linalg.eigvalsh(problem.sampled.products(problem.sampled) / 10)
+    assert problem.damping == pytest.approx(float(eigenvalues.mean()), rel=1e-9)
