@@ -4,16 +4,18 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import notebook_support as ns
 from influence_functions import (
     MEASURES,
     InfluenceSettings,
+    Source,
     compute_influences,
     mean_influences,
     self_influences,
+    sweep_damping,
 )
 from influence_functions.problem import make_problem
 
@@ -119,3 +121,62 @@ def test_the_automatic_damping_is_the_mean_eigenvalue_of_the_gram_matrix(blobs, 
     problem = make_problem(mlp, blobs, InfluenceSettings(samples=10, device="cpu"))
     eigenvalues = torch.linalg.eigvalsh(problem.sampled.products(problem.sampled) / 10)
     assert problem.damping == pytest.approx(float(eigenvalues.mean()), rel=1e-9)
+
+
+def test_several_models_are_averaged(blobs, mlp, softmax):
+    settings = InfluenceSettings(samples=40, device="cpu", damping=0.05)
+    single = [compute_influences(model, blobs, blobs, [0, 1], settings) for model in (mlp, softmax)]
+    both = compute_influences([mlp, softmax], blobs, blobs, [0, 1], settings)
+    np.testing.assert_allclose(both.scores, (single[0].scores + single[1].scores) / 2, rtol=1e-12)
+    assert both.health.residual == max(one.health.residual for one in single)
+    mean = mean_influences([mlp, softmax], blobs, blobs, settings)
+    expected = [mean_influences(model, blobs, blobs, settings) for model in (mlp, softmax)]
+    np.testing.assert_allclose(mean, np.mean(expected, axis=0), rtol=1e-12)
+    with pytest.raises(ValueError, match="a sequence of at least one"):
+        compute_influences([], blobs, blobs, [0], settings)
+
+
+@pytest.mark.parametrize("solver", ["kernel", "cg", "lissa", "identity"])
+def test_a_sweep_gives_the_scores_of_single_calls_and_reads_the_data_once(blobs, mlp, solver):
+    read = []
+
+    def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        read.append(len(chosen))
+        return blobs[0][chosen], blobs[1][chosen]
+
+    settings = InfluenceSettings(solver=solver, measure="loss", samples=40, device="cpu", damping=0.5, iterations=20)
+    swept = sweep_damping(mlp, Source(40, batch), blobs, (0.5, 1, 4), settings)
+    often, _ = len(read), read.clear()
+    sweep_damping(mlp, Source(40, batch), blobs, (1,), settings)
+    if solver in ("kernel", "identity"):
+        assert often == len(read), "every further damping is for nothing"
+    for factor, found in swept.items():
+        alone = compute_influences(mlp, blobs, blobs, None, settings, damping=0.5 * factor)
+        np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-9, atol=1e-15)
+        assert found.health.damping == 0.5 * factor
+    with pytest.raises(ValueError, match="factors must be positive"):
+        sweep_damping(mlp, blobs, blobs, (1, 0), settings)
+
+
+def test_a_tuple_of_inputs_is_what_the_model_is_called_with(blobs):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(2, 3), nn.Linear(3, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.left(a) + self.right(b)
+
+    points, labels = blobs
+    model = Two().double()
+    whole = nn.Linear(5, 3).double()
+    with torch.no_grad():
+        whole.weight.copy_(torch.cat([model.left.weight, model.right.weight], dim=1))
+        whole.bias.copy_(model.left.bias + model.right.bias)
+    parts = ((points[:, :2], points[:, 2:]), labels)
+    samples = [(a, b, label) for (a, b), label in zip(zip(*parts[0]), labels)]
+    settings = InfluenceSettings(solver="identity", damping=1.0, device="cpu")
+    expected = compute_influences(model, parts, parts, [0, 7], settings).scores
+    np.testing.assert_allclose(compute_influences(model, samples, samples, [0, 7], settings).scores, expected)
+    plain = compute_influences(whole, blobs, blobs, [0, 7], settings).scores
+    assert np.corrcoef(expected.ravel(), plain.ravel())[0, 1] > 0.9  # one bias more, the same function
