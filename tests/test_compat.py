@@ -255,7 +255,7 @@ def test_loaders_of_other_kinds(problem):
         np.testing.assert_array_equal(matrix(ptif.calc_img_wise(config_for(outdir), model, loader, test)[0]), plain)
     assert batch_size_of(DataLoader(train.dataset, batch_sampler=batches)) == 7
     part = DataLoader(train.dataset, sampler=SubsetRandomSampler(range(20)))
-    with pytest.raises(ValueError, match="draws not every image of its data set once; give the loader a Subset"):
+    with pytest.raises(ValueError, match="draws not every sample of its data set once; give the loader a Subset"):
         ptif.calc_img_wise(config_for(outdir), model, part, test)
 
     class Stream(IterableDataset):
