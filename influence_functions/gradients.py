@@ -53,11 +53,6 @@ class GradientMaker:
         self.__dict__.update(state)
         self._local = threading.local()
 
-    @property
-    def size(self) -> int:
-        """p, the number of trainable parameters."""
-        return sum(param.numel() for param in self.params.values())
-
     @torch.no_grad()
     def __call__(self, inputs: Inputs, targets: Tensor) -> Gradients:
         """The gradients of the measure at each sample: inputs (b, …), targets (b, …)."""
