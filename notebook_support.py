@@ -38,10 +38,8 @@ import torch.nn.functional as F
 from cleanlab.rank import get_label_quality_scores
 from IPython.display import Image, display
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
-from matplotlib.transforms import Bbox
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -72,7 +70,7 @@ from influence_functions import (
     pick_device,
     self_influences,
 )
-from influence_functions._support import atomic_path, bytes_of, set_aside
+from influence_functions._support import atomic_path, bytes_of, read_if_whole
 from influence_functions.measures import check_labels
 from influence_functions.metrics import LDS, stability_of
 
@@ -815,17 +813,10 @@ def _train_and_save(train: ImageData, config: TrainConfig, path: Path) -> Net:
 
 def _read_model(train: ImageData, config: TrainConfig, path: Path) -> Net | None:
     """The model that `_train_and_save` left at `path`; None when there is none that fits."""
-    if not path.exists():
+    found, model = read_if_whole(path, read_checkpoint), Net().to(pick_device())
+    if found is None or found[1] != _identity(model, train, config):
         return None
-    try:
-        weights, found, _ = read_checkpoint(path)
-    except CorruptFileError as error:
-        set_aside(path, error)
-        return None
-    model = Net().to(pick_device())
-    if found != _identity(model, train, config):
-        return None
-    model.load_state_dict(weights)
+    model.load_state_dict(found[0])
     return model
 
 
@@ -845,7 +836,7 @@ def retrain_all(
     a core), so that a joblib backend (Dask, Ray) spreads them over a cluster. Bit for bit the same in any order.
     """
     keys = [_training_key(train, test, config, training) for training in plan]
-    done = _read_retrainings(Path(path))
+    done = read_if_whole(Path(path), _read_retrainings) or {}
     left = {key: training for key, training in zip(keys, plan) if key not in done}
     tasks = (joblib.delayed(_train_and_ask)(train, test, config, key, *left[key]) for key in left)
     finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
@@ -883,19 +874,13 @@ def _write_retrainings(path: str | Path, done: Mapping[str, tuple[NDArray[Any], 
 
 
 def _read_retrainings(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """key → (margins, correct) of what is finished; a damaged file is reported and renamed, never trusted."""
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            keys, margins = file["keys"].tolist(), file["margins"]
-            correct = np.unpackbits(file["correct"], axis=1, count=margins.shape[1]).astype(np.bool_)
-        if not len(keys) == len(margins) == len(correct):
-            raise ValueError("its parts differ in length")
-        return dict(zip(keys, zip(margins, correct)))
-    except Exception as error:  # zipfile, zlib and numpy each have their own ways to say "damaged"
-        set_aside(path, error)
-        return {}
+    """key → (margins, correct) of what is finished."""
+    with np.load(path, allow_pickle=False) as file:
+        keys, margins = file["keys"].tolist(), file["margins"]
+        correct = np.unpackbits(file["correct"], axis=1, count=margins.shape[1]).astype(np.bool_)
+    if not len(keys) == len(margins) == len(correct):
+        raise ValueError("its parts differ in length")
+    return dict(zip(keys, zip(margins, correct)))
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1150,17 +1135,6 @@ def show_image(ax: Axes, image: Tensor, title: str = "", colour: str = "black") 
     return ax
 
 
-def plot_sample_grid(data: ImageData, per_class: int = 8) -> Figure:
-    """The first `per_class` images of each class, a row a class."""
-    classes = len(data.class_names)
-    figure, axes = plt.subplots(classes, per_class, figsize=(7, 0.75 * classes))
-    for row, name in enumerate(data.class_names):
-        for ax, index in zip(axes[row], torch.where(data.labels == row)[0].tolist()):
-            show_image(ax, data.images[index])
-        axes[row, 0].text(-4, 16, name, ha="right", va="center")
-    return figure
-
-
 def plot_class_counts(ax: Axes, train: ImageData, test: ImageData) -> Axes:
     """Train and test images of each class as paired bars."""
     positions = np.arange(len(train.class_names))
@@ -1234,18 +1208,6 @@ def _small_panel(ax: Axes, title: str) -> Axes:
     ax.tick_params(labelsize=6)
     ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     ax.xaxis.get_offset_text().set_fontsize(6)
-    return ax
-
-
-def plot_label_influence(ax: Axes, table: pd.DataFrame) -> Axes:
-    """A table of influences, one row a test image, one column a training label, blue = helpful, red = harmful."""
-    values = table.to_numpy()
-    limit = float(np.abs(values).max())
-    picture = ax.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-    ax.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(table.shape[0]), table.index)
-    ax.spines[:].set_visible(False)
-    ax.figure.colorbar(picture, ax=ax, label="share of its total influence")
     return ax
 
 
@@ -1357,34 +1319,6 @@ def plot_channel_histogram(ax: Axes, counts: Tensor) -> Axes:
     return ax
 
 
-def plot_torched_pie(ax: Axes, shares: Mapping[str, float], seed: int = 0) -> Axes:
-    """A pie chart that stayed under the torch too long: `shares` by name, drawn as toast, charred at rim and cuts."""
-    names = sorted(shares, key=lambda name: -shares[name])
-    toast = LinearSegmentedColormap.from_list("toast", ["#f2d096", "#c98a3d", "#7a431a"])
-    total = sum(shares.values())
-    ax.pie(
-        [shares[name] for name in names],
-        labels=[f"{name} {shares[name] / total:.0%}" for name in names],
-        colors=[toast(value) for value in np.linspace(0, 1, len(names))],
-        startangle=90,
-        counterclock=False,
-        wedgeprops={"edgecolor": "#2b1408", "linewidth": 2.5},
-        textprops={"fontsize": 11},
-    )
-    grid = torch.linspace(-1, 1, 300)
-    radius = torch.hypot(grid[:, None], grid[None, :])
-    generator = torch.Generator().manual_seed(seed)
-    # Smooth noise at three scales: blisters, spots and crumbs.
-    coarse = [torch.rand(1, 1, size, size, generator=generator) for size in (9, 28, 90)]
-    noise = torch.stack([F.interpolate(field, 300, mode="bicubic")[0, 0] for field in coarse]).mean(0)
-    burnt = ((radius - 0.72) / 0.28).clamp(0, 1) ** 1.5 * 0.75 + ((noise - 0.5) * 2.4).clamp(0, 0.75)
-    char = torch.cat([torch.tensor([0.10, 0.04, 0.01]).expand(300, 300, 3), burnt.clamp(0, 0.9)[..., None]], dim=2)
-    picture = ax.imshow(char.numpy(), extent=(-1, 1, -1, 1), interpolation="bilinear", zorder=3)
-    picture.set_clip_path(Circle((0, 0), 1, transform=ax.transData))
-    ax.set(xlim=(-1.5, 1.5), ylim=(-1.15, 1.15))
-    return ax
-
-
 def plot_predicted_actual(ax: Axes, groups: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Axes:
     """Scatter of (predicted, actual) changes of a loss, one colour a group, with the line where both are equal."""
     for (name, (predicted, actual)), colour in zip(groups.items(), (HELPFUL_COLOUR, HARMFUL_COLOUR, "#777777")):
@@ -1435,49 +1369,6 @@ def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS
         x, [score.low for score in scores], [score.high for score in scores], color=colour, alpha=0.2, linewidth=0
     )
     return ax
-
-
-def plot_quality_against_time(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> Axes:
-    """LDS (with its interval) against seconds, a point a method: "ours…" in blue, all others in red.
-
-    rows: mappings with method, lds, low, high, seconds.
-    """
-    ax.set(xscale="log", xlabel="seconds for all test images", ylabel="LDS")
-    for row in rows:
-        colour = HELPFUL_COLOUR if row["method"].startswith("ours") else HARMFUL_COLOUR
-        spread = [[row["lds"] - row["low"]], [row["high"] - row["lds"]]]
-        ax.errorbar(row["seconds"], row["lds"], spread, color=colour, marker="o", markersize=4, elinewidth=0.8)
-    ax.margins(x=0.12)
-    _label_points(ax, {row["method"]: (row["seconds"], row["lds"]) for row in rows})
-    return ax
-
-
-def _label_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point, where it covers no point and no other name."""
-    ax.figure.canvas.draw()  # positions on the paper are known only now
-    places = [tuple(ax.transData.transform(point)) for point in points.values()]
-    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in places]
-    options = [(x, y) for y in (0, 9, -9, 18, -18, 27, -27, 36, -36) for x in (6, -6)]
-    for name, point in sorted(points.items(), key=lambda item: -item[1][1]):
-        for x, y in options:
-            label = ax.annotate(
-                name,
-                point,
-                (x, y),
-                textcoords="offset points",
-                fontsize=6.5,
-                ha="left" if x > 0 else "right",
-                va="center",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#777777"} if abs(y) > 9 else None,
-            )
-            label.set_in_layout(False)  # or the axes would shrink, and the points move
-            box = label.get_window_extent()
-            inside = box.x0 > ax.bbox.x0 and box.x1 < ax.figure.bbox.x1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-            if (x, y) != options[-1]:
-                label.remove()
-        taken.append(box)
 
 
 SCORE_COLOURS = {
@@ -1567,7 +1458,7 @@ def write_table(path: str | Path, table: pd.DataFrame, made_for: str) -> None:
 
 
 def read_table(path: str | Path) -> tuple[pd.DataFrame, str] | None:
-    """The CSV that `write_table` left at `path` and what it was made for; None when there is none."""
+    """The CSV that `write_table` left at `path`, and what it was made for; None when there is none."""
     if not Path(path).exists():
         return None
     try:
@@ -1584,11 +1475,7 @@ def read_or_make_table(path: str | Path, make: Callable[[], pd.DataFrame], made_
 
     A damaged file is reported, kept aside and made again.
     """
-    try:
-        found = read_table(path)
-    except CorruptFileError as error:
-        set_aside(Path(path), error)
-        found = None
+    found = read_if_whole(Path(path), read_table)
     if found is not None and found[1] == made_for:
         return found[0]
     table = make()

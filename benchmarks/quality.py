@@ -43,6 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import notebook_support as ns
 from influence_functions import NonFiniteError
+from influence_functions._support import atomic_path, read_if_whole
 from influence_functions.metrics import LDS, linear_datamodeling_score, noise_ceiling
 
 FAST = ns.run_mode().fast
@@ -179,7 +180,7 @@ def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     masks = ns.random_halves(len(small), HALVES)
     if FAST:
         return masks, np.random.default_rng(0).random((REPEATS, HALVES, len(asked)), dtype=np.float32)
-    config, done = ns.TrainConfig(epochs=EPOCHS), ns._read_retrainings(TRUTH)
+    config, done = ns.TrainConfig(epochs=EPOCHS), read_if_whole(TRUTH, ns._read_retrainings) or {}
     plan = [(np.flatnonzero(mask), 1000 + 100 * r + h) for r in range(REPEATS) for h, mask in enumerate(masks)]
     missing = sum(ns._training_key(small, asked, config, training) not in done for training in plan)
     if missing:
@@ -298,7 +299,7 @@ def measure(method: Method) -> dict[str, Any]:
         fewer = images // 3
         short = timed(score, asked.subset(range(fewer)), value)[1]
         seconds = short + (seconds - short) / (images - fewer) * (len(asked) - fewer)
-    with ns.atomic_path(method.file.with_suffix(".npy")) as temporary:
+    with atomic_path(method.file.with_suffix(".npy")) as temporary:
         np.save(temporary, scores)
     figures = {"value": value, "tried": tried, "seconds": prepared + seconds, "images": images}
     return figures | {"base": base, "peak": peak()}
@@ -327,7 +328,7 @@ def in_own_process(method: Method) -> dict[str, Any]:
         last = (log.read_text().splitlines() or [f"exit code {error.returncode}"])[-1]
         record = {"reason": last[:300] if error.returncode > 0 else f"ended by signal {-error.returncode}"}
     record["whole_seconds"] = round(time.perf_counter() - start, 1)
-    with ns.atomic_path(method.file) as temporary:
+    with atomic_path(method.file) as temporary:
         temporary.write_text(json.dumps(record, indent=2))
     return record
 

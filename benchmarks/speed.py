@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import influence_functions.compat as ptif
@@ -34,7 +35,7 @@ PART_DEPTH, PART_IMAGES = 200, 2_000
 REPEATS = 3
 
 
-def prepare() -> tuple[torch.nn.Module, ns.ImageData, ns.ImageData]:
+def prepare() -> tuple[nn.Module, ns.ImageData, ns.ImageData]:
     """The committed model (speed does not depend on its weights, so an untrained one will do) and the real data."""
     train, test = ns.load_data("cifar10")
     model, checkpoint = ns.Net(), Path("data/net.safetensors")
@@ -44,17 +45,22 @@ def prepare() -> tuple[torch.nn.Module, ns.ImageData, ns.ImageData]:
 
 
 def time_plain(n: int) -> dict[str, Any]:
-    """One forward and backward pass over n images in batches of 500, without an optimiser step."""
+    """A plain pass through the committed network."""
     model, train, _ = prepare()
+    return {"seconds": time_pass(model, train.subset(range(n)))}
+
+
+def time_pass(model: nn.Module, train: ns.ImageData) -> list[float]:
+    """Seconds of each forward and backward pass over all images in batches of 500, without an optimiser step."""
     device, seconds = pick_device(), []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        for chosen in torch.arange(n).split(500):
+        for chosen in torch.arange(len(train)).split(500):
             images, labels = train.batch(chosen)
             model.zero_grad()
             F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:]}  # the first pass warms up
+    return seconds[1:]  # the first pass warms up
 
 
 def time_engine(n: int, m: int) -> dict[str, Any]:
@@ -69,6 +75,41 @@ def time_engine(n: int, m: int) -> dict[str, Any]:
     return {"seconds": whole, "solve": solve, "score": score}
 
 
+class Residual(nn.Module):
+    """Two convolutions with batch normalisation, and the way around them (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.around = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
+        first = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.through = nn.Sequential(*first, nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, inputs, h, w) → (b, outputs, h / stride, w / stride)."""
+        return F.relu(self.through(x) + self.around(x))
+
+
+def resnet20() -> nn.Module:
+    """A ResNet-20 for CIFAR-10, of 274,000 parameters: three stages of three residual blocks."""
+    widths = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    blocks = [Residual(*each) for each in widths]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def time_resnet(n: int, m: int) -> dict[str, Any]:
+    """Scoring n images for m test images through a ResNet-20, untrained, against a plain pass over the same images."""
+    train, test = ns.load_data("cifar10")
+    model, subset = resnet20().to(pick_device()).eval(), train.subset(range(n))
+    plain, runs = time_pass(model, subset), []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        health = compute_influences(model, subset, test, range(m), samples=500).health
+        runs.append((time.perf_counter() - start, health.seconds_score))
+    whole, score = (list(column) for column in zip(*runs))
+    return {"seconds": whole, "score": score, "plain": plain, "slow_layers": len(health.slow_layers)}
+
+
 def time_package(batch_size: int) -> dict[str, Any]:
     """A part of the package's work for one test image, and what all of it would take."""
     model, train, test = prepare()
@@ -80,7 +121,12 @@ def time_package(batch_size: int) -> dict[str, Any]:
     return {"seconds": [scaled], "measured": run.seconds_solve + run.seconds_score}
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"plain": time_plain, "engine": time_engine, "package": time_package}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "plain": time_plain,
+    "engine": time_engine,
+    "resnet": time_resnet,
+    "package": time_package,
+}
 
 
 def in_own_process(part: str, *numbers: int) -> dict[str, Any]:
@@ -112,6 +158,16 @@ def print_row(*cells: Any) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
+def report_resnet(figures: dict[str, Any]) -> dict[str, Any]:
+    """Print the row of the ResNet-20 and return its record."""
+    line, score = summary(figures), statistics.median(figures["score"])
+    line |= {"score": round(score, 2), "slow_layers": figures["slow_layers"]}
+    line |= {"score_to_plain": round(score / statistics.median(figures["plain"]), 2)}
+    spread, halves = f"{line['low']}-{line['high']}", f"… + {score:.1f}"
+    print_row("ResNet-20, 2,000 × 10", line["median"], spread, line["peak"], halves, line["score_to_plain"], "")
+    return line
+
+
 def main() -> None:
     """Measure every part, print the table, record it."""
     plain = in_own_process("plain", 50_000)
@@ -136,6 +192,7 @@ def main() -> None:
         spread = f"{line['low']}-{line['high']}"
         ratios = (line["score_to_plain"], f"{line['package_ratio']:,}")
         print_row(f"influence, {n:,} × {m} test images", line["median"], spread, line["peak"], halves, *ratios)
+    record["resnet20 2000 x 10"] = report_resnet(in_own_process("resnet", 2_000, 10))
     print_row("package, 50,000 × 1 test image", round(theirs), "scaled", round(package["peak"], 2), "", "", 1)
     part = f"{PART_DEPTH} of {DOCUMENTED_DEPTH:,} recursions and {PART_IMAGES:,} of 50,000 gradients"
     print(f"\nThe package was timed on {part} ({package['measured']:.1f} s) and scaled; the best of three batch sizes.")

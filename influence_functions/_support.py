@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -66,11 +68,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, error: Exception) -> None:
-    """Rename a damaged cache file, and say so: it is never trusted and never thrown away."""
-    aside = path.with_name(f"{path.name}.damaged")
-    path.replace(aside)
-    print(f"{path} is damaged ({error}); kept as {aside.name}, and what was in it is computed again")
+def read_if_whole(path: Path, read: Callable[[Path], Answer]) -> Answer | None:
+    """What `read` makes of a cache file; None where there is none, or a damaged one.
+
+    A damaged one is never trusted and never thrown away: it is renamed, and a line says so.
+    """
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # each library has its own
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        print(f"{path} is damaged ({error}); kept as {aside.name}, and what was in it is computed again")
+        return None
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -8,6 +8,7 @@ Which road a layer takes is proved on real samples against plain autograd, each 
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ class GradientMaker:
     def __init__(self, model: nn.Module, measure: Measure) -> None:
         self.model, self.measure = model, measure
         self.params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.columns = _columns(self.params)
         self.layers = _layers(model)
         self.roads: dict[str, Road] = {}
         self.looped = False
@@ -195,10 +197,13 @@ class GradientMaker:
 
     def _places(self, layer: str, rest: list[str]) -> tuple[slice, ...]:
         """Where the columns of a layer's block, in their order, stand among all p."""
-        starts, start = {}, 0
-        for name, param in self.params.items():
-            starts[name] = slice(start, start := start + param.numel())
-        return tuple(starts[name] for name in (rest if layer == NETWORK else self._parameters(layer)))
+        return tuple(self.columns[name] for name in (rest if layer == NETWORK else self._parameters(layer)))
+
+
+def _columns(params: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Where each parameter stands among all p."""
+    ends = [*itertools.accumulate((param.numel() for param in params.values()), initial=0)]
+    return {name: slice(start, end) for name, start, end in zip(params, ends, ends[1:])}
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class Gradients:
 
     def products(self, other: Gradients) -> Tensor:
         """(b, b') inner products with the gradients of other samples."""
-        pairs: Iterator[Any] = (alike(pair) for pair in zip(self.blocks, other.blocks, strict=True))
+        pairs = (alike(pair) for pair in zip(self.blocks, other.blocks, strict=True))
         return _sum([mine.products(theirs) for mine, theirs in pairs])
 
     def squares(self) -> Tensor:
@@ -82,7 +81,7 @@ class Gradients:
     def join(parts: Sequence[Gradients]) -> Gradients:
         """All samples of `parts`, in order."""
         columns = [alike(column) for column in zip(*(part.blocks for part in parts), strict=True)]
-        return Gradients(tuple(type(column[0]).join(column) for column in columns), parts[0].places)  # type: ignore
+        return Gradients(tuple(type(column[0]).join(column) for column in columns), parts[0].places)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ import influence_functions.compat as ptif
 import influence_functions.compat.run as run_module
 from influence_functions import CorruptFileError, NonFiniteError, compute_influences, curvature
 from influence_functions.compat.config import batch_size_of
+from influence_functions.compat.kept import Kept
 from influence_functions.compat.log import LOG
 from influence_functions.compat.run import _Run
 from influence_functions.exact import fit_softmax_regression
@@ -178,10 +179,10 @@ def test_the_files_have_the_manuals_structure(problem):
     answers = test.dataset.tensors[1].tolist()
     expected = [i for label in range(3) for i in [j for j, own in enumerate(answers) if own == label][1:3]]
     written = json.loads((outdir / "influence_results_1_2.json").read_text())
-    assert written == influences
+    assert written == {index: entry | {"influence": entry["influence"].tolist()} for index, entry in influences.items()}
     assert list(map(int, influences)) == expected
     for index, entry in influences.items():
-        keys = {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}
+        keys = {"label", "num_in_dataset", "time_calc_influence_s", "residual", "influence", "harmful", "helpful"}
         assert set(entry) == keys
         assert entry["label"] == answers[int(index)]
         assert entry["num_in_dataset"] == int(index)
@@ -373,17 +374,17 @@ def test_what_is_kept_is_used_again_and_refused_for_anything_else(problem, monke
     with pytest.raises(ValueError, match=f"s_test.* {refused}"):
         ptif.calc_all_grad_then_test(dataclasses.replace(config, damp=0.3), model, train, test)
     shutil.rmtree(kept)
-    monkeypatch.setattr(_Run, "write_kept", only_s_test(_Run.write_kept))
+    monkeypatch.setattr(Kept, "write", only_s_test(Kept.write))
     ptif.calc_all_grad_then_test(dataclasses.replace(config, damp=0.3), model, train, test)  # gradients serve any λ
     (outdir / "kept" / "grad_z" / "0-29.safetensors").write_bytes(b"broken")
     with pytest.raises(CorruptFileError, match=r"0-29.safetensors is damaged"):
         ptif.calc_all_grad_then_test(dataclasses.replace(config, damp=0.3), model, train, test)
 
 
-def only_s_test(write_kept):
-    def checked(run, file, kind, tensor):
-        assert kind == "s_test", "the gradients were computed again"
-        write_kept(run, file, kind, tensor)
+def only_s_test(write):
+    def checked(kept, *args, **about):
+        assert kept.name == "s_test", "the gradients were computed again"
+        write(kept, *args, **about)
 
     return checked
 
@@ -404,8 +405,8 @@ def test_two_halves_of_one_task_leave_each_other_alone(problem):
     waiting = _Run.prepare(first, model, train, test)
     waiting.compute([0, 1], stored=False)
     ptif.calc_img_wise(second, model, train, test)
-    assert waiting.read_part(0) is not None
-    assert waiting.read_part(1) is not None
+    assert waiting.parts.read(0) is not None
+    assert waiting.parts.read(1) is not None
 
 
 def test_one_image_at_a_time_keeps_s_test_and_agrees(problem):
@@ -459,16 +460,16 @@ def start(root, outdir, pause=0.0, damp=0.01):
 def test_a_killed_run_goes_on_and_takes_nothing_of_another_configuration(root, tmp_path):
     running = start(root, tmp_path / "killed", pause=0.005)
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "killed").glob("unfinished-*/[0-9]*.json"))) < 3:
+    while len(list((tmp_path / "killed").glob("unfinished-*/[0-9]*.npz"))) < 3:
         assert running.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     assert not list((tmp_path / "killed").glob("influence_results*"))
-    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("unfinished-*/[0-9]*.json")}
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("unfinished-*/[0-9]*.npz")}
     assert 3 <= len(finished) < 10
-    times = {name: json.loads(next((tmp_path / "killed").glob(f"*/{name}")).read_text()) for name in finished}
+    times = {name: float(np.load(next((tmp_path / "killed").glob(f"*/{name}")))["seconds"]) for name in finished}
     assert start(root, tmp_path / "killed", damp=0.3).wait() == 0  # another configuration, beside it
     other = json.loads((tmp_path / "killed" / "influence_results_0_False.json").read_text())
     assert start(root, tmp_path / "killed").wait() == 0
@@ -477,8 +478,9 @@ def test_a_killed_run_goes_on_and_takes_nothing_of_another_configuration(root, t
     whole = json.loads((tmp_path / "whole" / "influence_results_0_False.json").read_text())
     np.testing.assert_array_equal(matrix(resumed), matrix(whole))
     assert not np.allclose(matrix(other), matrix(whole), rtol=0.1)
-    for name, entry in times.items():
-        assert resumed[name.removesuffix(".json")] == entry, "a finished image was computed again"
+    for name, seconds in times.items():
+        again = resumed[name.removesuffix(".npz")]["time_calc_influence_s"]
+        assert again == seconds, "a finished image was computed again"
 
 
 def test_a_damaged_part_is_kept_aside_and_computed_again(problem, capsys):
@@ -486,10 +488,10 @@ def test_a_damaged_part_is_kept_aside_and_computed_again(problem, capsys):
     config = config_for(outdir)
     run = _Run.prepare(config, model, train, test)
     run.compute([0, 1], stored=False)
-    run.part(0).write_text('{"label": ')
-    assert run.read_part(0) is None
-    assert "0.json is damaged" in capsys.readouterr().out
-    assert run.read_part(1) is not None
+    run.parts.path(0).write_bytes(run.parts.path(0).read_bytes()[:90])
+    assert run.parts.read(0) is None
+    assert "0.npz is damaged" in capsys.readouterr().out
+    assert run.parts.read(1) is not None
     whole, *_ = ptif.calc_img_wise(config, model, train, test)
     assert len(whole) == 10
     assert len(list(outdir.glob("unfinished-*.damaged"))) == 1, "kept when the rest is tidied away"

@@ -110,15 +110,10 @@ def test_predictions_removals_and_scores_are_drawn_as_given():
     plt.close("all")
 
 
-def test_pie_histogram_history_and_table(digits):
-    ax = ns.plot_torched_pie(plt.subplots()[1], {"a": 1.0, "b": 3.0})
-    assert {text.get_text() for text in ax.texts if text.get_text()} == {"b 75%", "a 25%"}
+def test_histogram_history_and_row(digits):
     own = np.arange(100) < 30
     ax = ns.plot_score_histogram(plt.subplots()[1], np.linspace(-1, 1, 100), own, "title")
     assert ax.get_yscale() == "log"
-    table = pd.DataFrame([[0.1, -0.2]], index=["x"], columns=["a", "b"])
-    ax = ns.plot_label_influence(plt.subplots()[1], table)
-    assert ax.images[0].get_clim() == (-0.2, 0.2)
     history = pd.DataFrame(
         {"epoch": [1], **{f"{p}_{q}": [0.5] for p in ("train", "validation") for q in ("loss", "accuracy")}}
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._support import CorruptFileError, NonFiniteError, atomic_path, in_parallel, set_aside
+from .._support import CorruptFileError, atomic_path, in_parallel
 from ..data import Source, as_source, checksum
 from ..problem import Problem, make_problem
 from ..scores import join_scores, score_training
@@ -29,9 +26,9 @@ from ..settings import InfluenceSettings
 from ..solvers import Directions, Health, Prepared, prepare
 from .checks import check_steady, choose_tests, keep_previous, model_checksum
 from .config import InfluenceConfig, as_config, batch_size_of
+from .kept import Kept, Parts, entry_text
 from .log import LOG, logging_of
 
-KEPT_RANKS = 500  # of the harmful and the helpful ones in a results file, as in the package
 BLOCK = {"kernel": 500, "identity": 500}  # test samples solved at once: m·p numbers are held;
 STEPWISE_BLOCK = 10  # by the other solvers, which hold m · batch · activations
 SHARD = 1000  # training gradients a file
@@ -46,8 +43,9 @@ def calc_img_wise(
     size, shuffled or not: indices always count the data set. Returns (influences, harmful, helpful): the content of the
     results file, and all training indices by their mean harm and mean help, most first.
 
-    influences: by test index (a string) label, num_in_dataset, time_calc_influence_s, influence (n numbers with the
-    sign of the package, −I: positive = harmful), and the 500 most harmful and most helpful indices, rightly named.
+    influences: by test index (a string) label, num_in_dataset, time_calc_influence_s, influence (an array of n numbers
+    with the sign of the package, −I: positive = harmful), the 500 most harmful and most helpful indices, rightly named,
+    and residual: how far its solution is from solving its equation (0: exact; see `Health`).
     Written to `<outdir>/influence_results_<start>_<number>.json`, with the configuration in
     `influences_results_meta_<start>-<number>.json`. A run that was killed goes on after its last finished test image;
     results of another configuration, model or data set are never mixed in, but renamed.
@@ -128,7 +126,7 @@ class _Run:
         """Compute what is left in blocks of test samples, put everything together, write it."""
         with logging_of(self.config):
             LOG.info("running on %s test images", len(self.chosen))
-            left = [int(i) for i in self.chosen if self.read_part(i) is None]
+            left = [int(i) for i in self.chosen if self.parts.read(i) is None]
             blocks = [left[start : start + block] for start in range(0, len(left), block)]
             jobs = self.config.jobs if block == 1 else 1
             if left and jobs != 1:
@@ -139,99 +137,57 @@ class _Run:
                 LOG.info("finished test image %s", ", ".join(map(str, indices)))
             return self.assemble()
 
-    @property
-    def folder(self) -> Path:
-        """Where finished test images wait for the rest; its name belongs to this very run, and these test images."""
+    @cached_property
+    def parts(self) -> Parts:
+        """Where finished test samples wait for the rest; its name belongs to this very run, and these test samples."""
         asked = zlib.crc32(self.chosen.tobytes(), zlib.crc32(self.keys["s_test"].encode()))
-        return Path(self.config.outdir) / f"unfinished-{asked:08x}"
+        return Parts(Path(self.config.outdir) / f"unfinished-{asked:08x}")
 
-    def part(self, index: int) -> Path:
-        return self.folder / f"{index}.json"
-
-    def read_part(self, index: int) -> dict[str, Any] | None:
-        """A finished test image; None when it is not, or damaged (which is reported, and kept aside)."""
-        if not self.part(index).exists():
-            return None
-        try:
-            return json.loads(self.part(index).read_text(encoding="utf-8"))
-        except ValueError as error:
-            set_aside(self.part(index), error)
-            return None
+    def kept(self, name: str) -> Kept:
+        """Where `save_pth` keeps "s_test" or "grad_z"."""
+        return Kept(Path(self.config.save_pth or "") / name, name, self.keys[name])
 
     def compute(self, indices: list[int], stored: bool) -> list[int]:
-        """Score a block of test images, and keep each in a file of its own."""
-        start = time.perf_counter()
-        chosen = torch.tensor(indices)
+        """Score a block of test samples, and keep each in a file of its own."""
+        start, chosen = time.perf_counter(), torch.tensor(indices)
         self.problem.check_tests(self.test, chosen)
         if self.config.save_pth is None:
             solved = self.prepared.solve(self.problem.gradients(self.test, chosen)[0])
-            scores = score_training(self.problem, [solved])[0][0]
+            scores, residuals = score_training(self.problem, [solved])[0][0], [solved.health.residual] * len(chosen)
         else:
-            scores = self.scores_kept(chosen, stored)
+            scores, residuals = self.scores_kept(indices, stored)
         seconds = (time.perf_counter() - start) / len(indices)
-        for index, row in zip(indices, scores):
-            about = {"label": int(self.labels[index]), "num_in_dataset": index, "time_calc_influence_s": seconds}
-            ranked = np.argsort(row, kind="stable")
-            named = {"harmful": ranked[:KEPT_RANKS].tolist(), "helpful": ranked[::-1][:KEPT_RANKS].tolist()}
-            with atomic_path(self.part(index)) as temporary:
-                temporary.write_text(json.dumps({**about, "influence": (-row).tolist(), **named}), encoding="utf-8")
+        for index, residual, row in zip(indices, residuals, scores):
+            self.parts.write(index, int(self.labels[index]), seconds, residual, -row)
         return indices
 
-    def scores_kept(self, indices: Tensor, stored: bool) -> NDArray[Any]:
+    def scores_kept(self, indices: list[int], stored: bool) -> tuple[NDArray[Any], list[float]]:
         """(k, n) scores by way of files in `save_pth`: s_test always, the training gradients when `stored`."""
-        directions = self.directions(indices)
-        if not stored:
-            solved = Directions(
-                None, directions, Health(self.config.solver, math.nan, self.settings.damping or math.nan)
-            )
-            return score_training(self.problem, [solved])[0][0]
-        return join_scores([directions @ rows.T for rows in self.gradients()])
+        directions, residuals = self.directions(indices)
+        if stored:
+            return join_scores([directions @ rows.T for rows in self.gradients()]), residuals
+        health = Health(self.config.solver, max(residuals), self.settings.damping or math.nan)
+        return score_training(self.problem, [Directions(None, directions, health)])[0][0], residuals
 
-    def directions(self, indices: Tensor) -> Tensor:
-        """(k, p) s_test of the test images: from their files, or solved and written there."""
-        folder = Path(self.config.save_pth or "") / "s_test"
-        files = {int(i): folder / f"{int(i)}.safetensors" for i in indices}
-        missing = torch.tensor([i for i, file in files.items() if not file.exists()], dtype=torch.long)
-        if len(missing):
-            solved = self.prepared.solve(self.problem.gradients(self.test, missing)[0])
-            for i, row in zip(missing.tolist(), solved.directions()):
-                self.write_kept(files[i], "s_test", row)
-        return torch.stack([self.read_kept(file, "s_test") for file in files.values()]).to(self.problem.device)
+    def directions(self, indices: list[int]) -> tuple[Tensor, list[float]]:
+        """(k, p) s_test of the test samples, and their residuals: from their files, or solved and written there."""
+        kept = self.kept("s_test")
+        if missing := [i for i in indices if not kept.path(i).exists()]:
+            solved = self.prepared.solve(self.problem.gradients(self.test, torch.tensor(missing))[0])
+            for i, row in zip(missing, solved.directions()):
+                kept.write(i, row, "test", residual=solved.health.residual)
+        rows, headers = zip(*map(kept.read, indices))
+        return torch.stack(rows).to(self.problem.device), [float(header["residual"]) for header in headers]
 
     def gradients(self) -> Iterator[Tensor]:
         """Chunks (≤ SHARD, p) of the training gradients: from their files, or computed and written there."""
-        folder = Path(self.config.save_pth or "") / "grad_z"
-        problem = self.problem
+        kept, problem = self.kept("grad_z"), self.problem
         for chosen in torch.arange(self.train.size).split(SHARD):
-            file = folder / f"{int(chosen[0])}-{int(chosen[-1])}.safetensors"
-            if not file.exists():
+            stem = f"{int(chosen[0])}-{int(chosen[-1])}"
+            if not kept.path(stem).exists():
                 rows = [problem.maker(*batch).dense() for batch in problem.batches(problem.train, chosen)]
-                self.write_kept(file, "grad_z", torch.cat(rows))
-            yield self.read_kept(file, "grad_z").to(problem.device)
-
-    def write_kept(self, file: Path, kind: str, tensor: Tensor) -> None:
-        if not torch.isfinite(tensor).all():
-            role = "test" if kind == "s_test" else "training"
-            raise NonFiniteError(f"the gradient of a {role} sample is NaN or infinite; check the sample's values")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        size = tensor.numel() * tensor.element_size()
-        if size > shutil.disk_usage(file.parent).free:
-            raise OSError(f"no room for {file} ({size / 1e9:.1f} GB); choose another save_pth, or None")
-        with atomic_path(file) as temporary:
-            save_file({kind: tensor.cpu().contiguous()}, str(temporary), metadata={"made_with": self.keys[kind]})
-
-    def read_kept(self, file: Path, kind: str) -> Tensor:
-        """The tensor in `file`; ValueError when it is of another model, data set or configuration."""
-        try:
-            with safe_open(str(file), framework="pt") as content:
-                made_with, tensor = (content.metadata() or {}).get("made_with"), content.get_tensor(kind)
-        except SafetensorError as error:
-            raise CorruptFileError(f"{file} is damaged ({error}); delete it, and it is computed again") from error
-        if made_with != self.keys[kind]:
-            raise ValueError(
-                f"{file} is of another model, data set or configuration; choose another save_pth, or delete the file"
-            )
-        return tensor
+                kept.write(stem, torch.cat(rows), "training")
+            yield kept.read(stem)[0].to(problem.device)
 
     def assemble(self) -> tuple[dict[str, Any], list[int], list[int]]:
         """All test images in one file, the configuration in another; both as the package calls them."""
@@ -244,17 +200,17 @@ class _Run:
         influences: dict[str, Any] = {}
         keep_previous(results)
         with atomic_path(results) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for index in map(int, self.chosen):  # one after the other: a text of all of them could fill the memory
-                text = self.part(index).read_text(encoding="utf-8")
-                file.write(f'{"," if influences else "{"}\n"{index}": {text}')
-                influences[str(index)] = json.loads(text)
-                total += influences[str(index)]["influence"]
+            for index in map(int, self.chosen):
+                entry = self.parts.read(index)
+                if entry is None:
+                    raise CorruptFileError(f"{self.parts.path(index)} was damaged while the run went on; call it again")
+                file.write(f'{"," if influences else "{"}\n"{index}": {entry_text(entry)}')
+                influences[str(index)] = entry
+                total += entry["influence"]
             file.write("\n}\n")
         keep_previous(meta)
         with atomic_path(meta) as temporary:
             temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
-        for damaged in self.folder.glob("*.damaged"):
-            damaged.replace(outdir / f"{self.folder.name}-{damaged.name}")
-        shutil.rmtree(self.folder)
+        self.parts.clear()
         ranked = np.argsort(-total, kind="stable")
         return influences, ranked.tolist(), ranked[::-1].tolist()

@@ -77,8 +77,8 @@ class Kernel(Prepared):
     def by_directions(self, tests: Gradients, damping: float | None = None) -> Directions:
         """The residual is that of the directions, in their own precision."""
         damping = damping or self.problem.damping
-        solved = InnerProducts(self.sample, tests, self.weights(tests, damping)[0], self.health(0.0, damping))
-        s, v = solved.directions(), tests.dense()
+        v = tests.dense()
+        s = (v - self.sample.weighted(self.weights(tests, damping)[0])) / damping
         check = self.sample.weighted(self.sample.against(s)) / len(self.sample) + damping * s - v
         return Directions(tests, s, self.health(relative_residual(check, v), damping))
 
