@@ -70,9 +70,10 @@ from influence_functions import (
     pick_device,
     self_influences,
 )
-from influence_functions._support import atomic_path, bytes_of, read_if_whole
+from influence_functions._support import Indices, as_indices, atomic_path, bytes_of, read_if_whole
 from influence_functions.measures import check_labels
 from influence_functions.metrics import LDS, stability_of
+from influence_functions.private import private_copy
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ Setup: run mode, device, seeds, safe files                                                                   ║
@@ -150,9 +151,9 @@ class ImageData:
         """Images (b, 3, 32, 32) float32, normalised, and labels (b,) at `indices`."""
         return normalise(self.images[indices]), self.labels[indices]
 
-    def subset(self, indices: Tensor | NDArray[Any] | Sequence[int]) -> ImageData:
-        """The same data restricted to `indices` (which then count from 0)."""
-        chosen = torch.as_tensor(indices)
+    def subset(self, indices: Indices) -> ImageData:
+        """The same data restricted to `indices` (which then count from 0), in any of the ways of `as_indices`."""
+        chosen = as_indices(indices, len(self), "image")
         return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def with_labels(self, labels: Tensor) -> ImageData:
@@ -271,9 +272,20 @@ def _digits() -> tuple[ImageData, ImageData]:
 
 
 def shuffled_batches(data: ImageData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over `data` in a random order: images (b, 3, 32, 32), normalised, and labels (b,)."""
-    for chosen in torch.randperm(len(data), generator=generator).split(batch_size):
-        yield data.batch(chosen)
+    """One pass over `data` in a random order: images (b, 3, 32, 32), normalised, and labels (b,).
+
+    A last batch of one image joins the one before: batch normalisation cannot train on one.
+    """
+    order = torch.randperm(len(data), generator=generator)
+    for part in range(batches_of(len(data), batch_size)):
+        end = (part + 1) * batch_size
+        yield data.batch(order[part * batch_size : len(data) if end + 1 >= len(data) else end])
+
+
+def batches_of(n: int, batch_size: int) -> int:
+    """How many batches `shuffled_batches` makes of n images."""
+    whole, left = divmod(n, batch_size)
+    return max(whole + (left > 1), 1)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -387,10 +399,10 @@ def exact_copies(images: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     hashes = np.concatenate([flat[s : s + LOOK_CHUNK].astype(np.uint64) @ random for s in starts])  # modulo 2⁶⁴
     table = pd.DataFrame({"hash": hashes, "position": np.arange(len(flat))})
     table = table[table["hash"].duplicated(keep=False)]
-    pairs = table.merge(table, on="hash").query("position_x < position_y")
-    first, second = pairs["position_x"].to_numpy(), pairs["position_y"].to_numpy()
-    same = (flat[first] == flat[second]).all(1)  # equal hashes are a strong hint, equal pixels the proof
-    return first[same], second[same]
+    seen: dict[bytes, int] = {}  # equal hashes are a strong hint, equal pixels the proof
+    table = table.assign(first=[seen.setdefault(flat[i].tobytes(), i) for i in table["position"]])
+    pairs = table.merge(table, on="first").query("position_x < position_y")
+    return pairs["position_x"].to_numpy(), pairs["position_y"].to_numpy()
 
 
 def similar_pairs(
@@ -538,7 +550,7 @@ def train_model(
     epoch's weights are kept: the validation data decides nothing.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    steps = config.epochs * batches_of(len(train), config.batch_size)
     optimizer = torch.optim.SGD(
         model.parameters(), config.peak_lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
     )
@@ -584,7 +596,8 @@ def _train_epoch(
 
 def save_checkpoint(path: str | Path, model: nn.Module, identity: Mapping[str, Any], history: pd.DataFrame) -> None:
     """Write weights as safetensors; `identity` (what they were trained with) and the history ride in its header."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Each its own copy: safetensors refuses memory that is shared, as where weights are tied.
+    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     header = {"identity": json.dumps(identity, sort_keys=True), "history": history.to_json(orient="records")}
     with atomic_path(path) as temporary:
         save_file(weights, str(temporary), metadata=header)
@@ -603,9 +616,39 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         ) from error
 
 
+def model_identity(model: nn.Module, like: Tensor) -> dict[str, Any]:
+    """What tells a model from others whatever it has learned: its name, its structure, and what it computes.
+
+    answer: the outputs for two images of noise, in the shape of the image `like`, with weights that are noise, too; so
+    another activation or another order of the layers is another model.
+    """
+    private, generator = private_copy(model, torch.device("cpu")), torch.Generator().manual_seed(0)
+    noise = torch.randn(2, *like.shape, generator=generator)
+    with torch.no_grad():
+        for param in private.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) / max(param[:1].numel(), 1) ** 0.5)
+        for value in (buffer for buffer in private.buffers() if buffer.is_floating_point()):
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)  # positive: some are variances
+        answer = torch.as_tensor(private(noise)).flatten()[:20]
+    about = f"{model!r} {[(name, tuple(value.shape)) for name, value in model.state_dict().items()]}"
+    return {
+        "model": type(model).__name__,
+        "structure": f"{zlib.crc32(about.encode()):08x}",
+        "answer": [float(f"{value:.4g}") for value in answer.tolist()],
+    }
+
+
 def _identity(model: nn.Module, train: ImageData, config: TrainConfig) -> dict[str, Any]:
     """What a checkpoint must have been made with to be used for `model`, `train` and `config`."""
-    return {"model": type(model).__name__, "train": train.fingerprint, **asdict(config)}
+    return {**model_identity(model, train.images[0]), "train": train.fingerprint, **asdict(config)}
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The names of what differs in two identities; answers differ when they do by more than rounding."""
+    names = sorted(name for name in {*found, *wanted} - {"answer"} if found.get(name) != wanted.get(name))
+    answers = np.array(found.get("answer", [])), np.array(wanted.get("answer", []))
+    same = answers[0].shape == answers[1].shape and np.allclose(*answers, rtol=1e-2, atol=1e-4)
+    return names if same else [*names, "forward"]
 
 
 def train_or_load(
@@ -619,11 +662,10 @@ def train_or_load(
     identity = _identity(model, train, config)
     if not retrain and Path(path).exists():
         weights, found, history = read_checkpoint(path)
-        if found == identity:
+        if not (differing := _differing(found, identity)):
             model.load_state_dict(weights)
             print(f"loaded {path}: trained with this very configuration ({len(history)} epochs)")
             return history
-        differing = sorted(key for key in {*found, *identity} if found.get(key) != identity.get(key))
         print(f"training again: the checkpoint {path} was made with another {', '.join(differing)}")
     history = train_model(model, train, config, validation)
     save_checkpoint(path, model, identity, history)
@@ -717,8 +759,8 @@ def choose_test_images(result: Evaluation, wrong: int = 2) -> list[int]:
 # ║ Retrainings: many times, and never twice                                                                    ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
-Training = tuple[NDArray[np.int64], int]
-"""What one retraining is made of: the indices of the training images kept, and the seed."""
+Training = tuple[Indices, int]
+"""What one retraining is made of: the indices of the training images kept (or a mask), and the seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -760,7 +802,7 @@ def random_halves(n: int, count: int, seed: int = 0) -> NDArray[np.bool_]:
     return masks
 
 
-def train_once(train: ImageData, config: TrainConfig, kept: NDArray[np.int64] | None = None) -> Net:
+def train_once(train: ImageData, config: TrainConfig, kept: Indices | None = None) -> Net:
     """A new `Net` trained on the images `kept` (default: all), on one thread of the CPU or on the GPU, silently.
 
     One thread: many small trainings at once use the cores better than one training on all cores.
@@ -814,7 +856,7 @@ def _train_and_save(train: ImageData, config: TrainConfig, path: Path) -> Net:
 def _read_model(train: ImageData, config: TrainConfig, path: Path) -> Net | None:
     """The model that `_train_and_save` left at `path`; None when there is none that fits."""
     found, model = read_if_whole(path, read_checkpoint), Net().to(pick_device())
-    if found is None or found[1] != _identity(model, train, config):
+    if found is None or _differing(found[1], _identity(model, train, config)):
         return None
     model.load_state_dict(found[0])
     return model
@@ -835,17 +877,22 @@ def retrain_all(
     damaged cache is reported, kept aside and computed again. `jobs` trainings run at a time through joblib (−1: one
     a core), so that a joblib backend (Dask, Ray) spreads them over a cluster. Bit for bit the same in any order.
     """
+    plan = [(as_indices(kept, len(train), "the plan's").numpy(), seed) for kept, seed in plan]
     keys = [_training_key(train, test, config, training) for training in plan]
-    done = read_if_whole(Path(path), _read_retrainings) or {}
+    identity = model_identity(Net(), train.images[0])
+    done, found = read_if_whole(Path(path), _read_retrainings) or ({}, identity)
+    if _differing(found, identity):
+        print(f"training again: {path} was made with another {', '.join(_differing(found, identity))} of Net")
+        done = {}
     left = {key: training for key, training in zip(keys, plan) if key not in done}
     tasks = (joblib.delayed(_train_and_ask)(train, test, config, key, *left[key]) for key in left)
     finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
     for key, margins, correct in tqdm(finished, "retraining", len(left), leave=False, unit="model", disable=not left):
         done[key] = (margins, correct)
-        _write_retrainings(path, done)
+        _write_retrainings(path, done, identity)
     chosen = {key: done[key] for key in keys}
     if left:
-        _write_retrainings(path, chosen)  # in the order of the plan, whatever finished first
+        _write_retrainings(path, chosen, identity)  # in the order of the plan, whatever finished first
     return Retrainings(*(np.stack(parts) for parts in zip(*(chosen[key] for key in keys))))
 
 
@@ -854,7 +901,7 @@ def _training_key(train: ImageData, test: ImageData, config: TrainConfig, traini
     kept, seed = training
     about = {**asdict(dataclasses.replace(config, seed=seed)), "train": train.fingerprint, "test": test.fingerprint}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    digest.update(np.sort(kept).astype("<i8").tobytes())
+    digest.update(as_indices(kept, len(train), "the plan's").sort().values.numpy().astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -867,20 +914,26 @@ def _train_and_ask(
     return key, margins, (result.predictions == result.labels).numpy()
 
 
-def _write_retrainings(path: str | Path, done: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
+Finished = dict[str, tuple[NDArray[Any], NDArray[Any]]]
+"""Key of a training → its margins and its right answers."""
+
+
+def _write_retrainings(path: str | Path, done: Finished, identity: Mapping[str, Any]) -> None:
     keys, margins, correct = list(done), *(np.stack(parts) for parts in zip(*done.values()))
+    about, packed = np.array(json.dumps(identity)), np.packbits(correct, axis=1)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, keys=np.array(keys), margins=margins, correct=np.packbits(correct, axis=1))
+        np.savez_compressed(file, identity=about, keys=np.array(keys), margins=margins, correct=packed)
 
 
-def _read_retrainings(path: Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """key → (margins, correct) of what is finished."""
+def _read_retrainings(path: Path) -> tuple[Finished, dict[str, Any]]:
+    """What is finished, and which model it is of."""
     with np.load(path, allow_pickle=False) as file:
+        identity = json.loads(str(file["identity"]))
         keys, margins = file["keys"].tolist(), file["margins"]
         correct = np.unpackbits(file["correct"], axis=1, count=margins.shape[1]).astype(np.bool_)
     if not len(keys) == len(margins) == len(correct):
         raise ValueError("its parts differ in length")
-    return dict(zip(keys, zip(margins, correct)))
+    return dict(zip(keys, zip(margins, correct))), identity
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -989,17 +1042,17 @@ def _logit_margins(result: Evaluation) -> NDArray[Any]:
     return (others.max(1).values - own).numpy()
 
 
-def detection_curve(suspicion: NDArray[Any], flipped: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def detection_curve(suspicion: NDArray[Any], flipped: Indices) -> tuple[NDArray[Any], NDArray[Any]]:
     """What inspecting the most suspicious images first finds: (n + 1,) fraction inspected, fraction of `flipped` found.
 
     suspicion (n,), larger = more suspicious, ties in the order of the images; flipped: indices of the wrong labels.
     """
     wrong = _wrong_mask(suspicion, flipped)
     found = np.cumsum(wrong[np.argsort(-suspicion, kind="stable")])
-    return np.linspace(0, 1, len(wrong) + 1), np.concatenate([[0.0], found / len(flipped)])
+    return np.linspace(0, 1, len(wrong) + 1), np.concatenate([[0.0], found / wrong.sum()])
 
 
-def detection_quality(suspicion: NDArray[Any], flipped: NDArray[Any], inspected: float = 0.1) -> dict[str, float]:
+def detection_quality(suspicion: NDArray[Any], flipped: Indices, inspected: float = 0.1) -> dict[str, float]:
     """ROC AUC and average precision of a suspicion (n,), and the fraction of `flipped` found in the first `inspected`.
 
     0.5, the share of wrong labels, and `inspected` itself are what guessing gets. (scikit-learn's metrics.)
@@ -1017,14 +1070,14 @@ def detection_quality(suspicion: NDArray[Any], flipped: NDArray[Any], inspected:
     }
 
 
-def _wrong_mask(suspicion: NDArray[Any], flipped: NDArray[Any]) -> NDArray[np.bool_]:
+def _wrong_mask(suspicion: NDArray[Any], flipped: Indices) -> NDArray[np.bool_]:
     """(n,) whether each label is flipped; an error when there is nothing to rank by or nothing to find."""
     if suspicion.ndim != 1 or not np.isfinite(suspicion).all():
         raise ValueError(f"suspicion must be one finite number an image, not {suspicion.shape} with NaN or infinity")
-    if not len(flipped) or flipped.min() < 0 or flipped.max() >= len(suspicion):
-        raise ValueError(f"flipped must hold at least one index, all in 0..{len(suspicion) - 1}")
     wrong = np.zeros(len(suspicion), np.bool_)
-    wrong[flipped] = True
+    wrong[as_indices(flipped, len(suspicion), "flipped")] = True
+    if not wrong.any():
+        raise ValueError("flipped must hold at least one index: there is nothing to find")
     return wrong
 
 
@@ -1149,16 +1202,6 @@ def plot_class_counts(ax: Axes, train: ImageData, test: ImageData) -> Axes:
     return ax
 
 
-def plot_history(axes: Sequence[Axes], history: pd.DataFrame) -> Sequence[Axes]:
-    """Loss and accuracy per epoch, training (running) and validation, on two axes."""
-    for ax, quantity in zip(axes, ("loss", "accuracy")):
-        for part, colour in (("train", "#0072B2"), ("validation", "#E69F00")):
-            ax.plot(history["epoch"], history[f"{part}_{quantity}"], marker="o", markersize=3, color=colour, label=part)
-        ax.set(xlabel="epoch", ylabel=quantity)
-        ax.legend(frameon=False)
-    return axes
-
-
 def plot_confusion(ax: Axes, result: Evaluation) -> Axes:
     """Row = true class, column = predicted class; each row's share of its images, in per cent, in colour."""
     counts = result.confusion()
@@ -1237,16 +1280,8 @@ def plot_influential(
             if shares is not None:
                 _show_stability(ax, shares.get(int(j), 0.0), colour)
             if column == 0:
-                ax.text(
-                    -0.12,
-                    0.5,
-                    f"most {kind}",
-                    rotation=90,
-                    ha="right",
-                    va="center",
-                    transform=ax.transAxes,
-                    color=colour,
-                )
+                look: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "color": colour}
+                ax.text(-0.12, 0.5, f"most {kind}", transform=ax.transAxes, **look)
     return figure
 
 
@@ -1405,25 +1440,6 @@ def plot_flipped_histogram(ax: Axes, influence: NDArray[Any], wrong: NDArray[np.
         weights = np.full(len(clipped), 1 / max(len(clipped), 1))
         ax.hist(clipped, bins=bins.tolist(), weights=weights, alpha=0.6, label=label, color=colour)
     return _small_panel(ax, title)
-
-
-def plot_repair(ax: Axes, outcomes: pd.DataFrame, levels: Mapping[str, float]) -> Axes:
-    """Test accuracy against the share of images inspected, a line a score: mean of the runs ± standard error.
-
-    outcomes: columns score, inspected (0..1), accuracy (0..1), a row each run; levels: horizontal lines by name.
-    """
-    for name, rows in outcomes.groupby("score", sort=False):
-        runs = rows.groupby("inspected")["accuracy"]
-        error = 100 * runs.std() / runs.size() ** 0.5
-        colour = SCORE_COLOURS[str(name)]
-        ax.errorbar(
-            100 * error.index, 100 * runs.mean(), error, color=colour, marker="o", markersize=3, capsize=2, label=name
-        )
-    for (name, level), style in zip(levels.items(), ("--", ":", "-.")):
-        ax.axhline(100 * level, color="black", linewidth=0.8, linestyle=style, label=name)
-    shares = sorted(100 * outcomes["inspected"].unique())
-    ax.set(xlabel="images inspected (%)", ylabel="test accuracy (%)", xticks=shares)
-    return ax
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗

@@ -180,7 +180,7 @@ def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     masks = ns.random_halves(len(small), HALVES)
     if FAST:
         return masks, np.random.default_rng(0).random((REPEATS, HALVES, len(asked)), dtype=np.float32)
-    config, done = ns.TrainConfig(epochs=EPOCHS), read_if_whole(TRUTH, ns._read_retrainings) or {}
+    config, (done, _) = ns.TrainConfig(epochs=EPOCHS), read_if_whole(TRUTH, ns._read_retrainings) or ({}, {})
     plan = [(np.flatnonzero(mask), 1000 + 100 * r + h) for r in range(REPEATS) for h, mask in enumerate(masks)]
     missing = sum(ns._training_key(small, asked, config, training) not in done for training in plan)
     if missing:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import pickle
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import cloudpickle
 import joblib
+import numpy as np
 import torch
 from joblib.parallel import get_active_backend
+from numpy.typing import NDArray
 from torch import Tensor
 
+Indices = int | Sequence[int] | slice | NDArray[Any] | Tensor | tuple[NDArray[Any], ...]
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
@@ -52,10 +57,63 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def as_indices(chosen: Indices, size: int, role: str) -> Tensor:
+    """(k,) indices from what a caller means by "these samples"; ValueError, with its `role`, for anything else.
+
+    A whole number, a list, range, slice or array of them, a mask of `size` truth values, or what np.where returns.
+
+    >>> as_indices([True, False, True], 3, "left out").tolist(), as_indices(2, 3, "left out").tolist()
+    ([0, 2], [2])
+    """
+    if isinstance(chosen, slice):
+        chosen = range(size)[chosen]
+    if isinstance(chosen, tuple) and len(chosen) == 1 and isinstance(chosen[0], (np.ndarray, Tensor)):
+        chosen = chosen[0]  # as np.where and torch.where return it
+    found = np.asarray(chosen.detach().cpu() if isinstance(chosen, Tensor) else chosen)
+    if found.dtype == np.bool_ and found.shape == (size,):
+        found = np.flatnonzero(found)
+    if found.size == 0 and found.dtype != np.bool_:
+        found = found.astype(np.int64)
+    if found.dtype.kind not in "iu" or found.ndim > 1:
+        raise ValueError(
+            f"{role} indices must be whole numbers, or a mask of {size} truth values, "
+            f"not {found.dtype} of shape {found.shape}"
+        )
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) < size:
+        raise ValueError(f"{role} indices must lie in 0..{size - 1}; found {int(found.min())}..{int(found.max())}")
+    return torch.from_numpy(np.array(found, dtype=np.int64).reshape(-1))
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be had, of the GPU or of this process; infinite where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    free = [math.inf]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    with contextlib.suppress(ImportError, OSError, ValueError):  # ulimit -v; not on Windows
+        import resource
+
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            free.append(limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
+    return min(free)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` to write to; rename it to `path` only if the block succeeds."""
-    path = Path(path)
+    """Yield a temporary sibling of `path` to write to; rename it to `path` only if the block succeeds.
+
+    A link stays one: what it points to is replaced. ValueError for what is no file, and where a folder should be.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; choose another name")
+    if other := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise ValueError(f"{other} is a file, where a folder is needed; choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -97,8 +155,11 @@ class _Shipped(Generic[Task, Answer]):
 
     def __init__(self, work: Callable[[Task], Answer], folder: str) -> None:
         self.path = os.path.join(folder, "work.pkl")
-        with open(self.path, "wb") as file:
-            cloudpickle.dump(work, file)  # unlike pickle, it takes classes that were defined in a notebook
+        try:
+            with open(self.path, "wb") as file:
+                cloudpickle.dump(work, file)  # unlike pickle, it takes classes that were defined in a notebook
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise ValueError(f"model or data cannot be sent to other processes ({error}); use jobs=1") from error
 
     def __call__(self, task: Task) -> Answer:
         return _read_work(self.path)(task)

@@ -41,6 +41,11 @@ class Block(ABC):
     def width(self) -> int:
         """Multiplications that an inner product of two samples costs."""
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return sum(part.numel() * part.element_size() for part in vars(self).values() if isinstance(part, Tensor))
+
     @abstractmethod
     def dense(self) -> Tensor:
         """(b, q)."""
@@ -62,7 +67,7 @@ class Block(ABC):
         """(m, q) sums of the gradients, weighted by (m, b)."""
 
     @abstractmethod
-    def select(self, chosen: slice) -> Self:
+    def select(self, chosen: slice | Tensor) -> Self:
         """Some of the samples."""
 
     def add(self, other: Block) -> Block:
@@ -105,7 +110,7 @@ class Dense(Block):
     def weighted(self, weights: Tensor) -> Tensor:
         return weights @ self.rows
 
-    def select(self, chosen: slice) -> Dense:
+    def select(self, chosen: slice | Tensor) -> Dense:
         return Dense(self.rows[chosen])
 
     @classmethod
@@ -143,7 +148,7 @@ class Factors(Block):
     def squares(self) -> Tensor:
         return ((self.deltas @ self.deltas.mT) * self.meet(self.inputs, self.inputs)).sum((1, 2))
 
-    def select(self, chosen: slice) -> Self:
+    def select(self, chosen: slice | Tensor) -> Self:
         return dataclasses.replace(self, inputs=self.inputs[chosen], deltas=self.deltas[chosen])
 
     def add(self, other: Block) -> Block:
@@ -243,8 +248,3 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 def lightest(block: Block) -> Block:
     """The same gradients, in full where that makes inner products cheaper."""
     return block if block.width < block.size else Dense(block.dense())
-
-
-def alike(blocks: Sequence[Block]) -> Sequence[Block]:
-    """The same blocks, all in full where they are not all of one form."""
-    return blocks if len({type(block) for block in blocks}) == 1 else [Dense(block.dense()) for block in blocks]

@@ -8,9 +8,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import Inputs, arguments
+from .data import Inputs, call
 from .problem import Problem
 
 # torch's own jvp raises this on first use; it says nothing about our code.
@@ -23,28 +24,51 @@ def curvature_product(problem: Problem, vectors: Tensor, indices: Tensor) -> Ten
     Gauss-Newton is Jᵀ(∂²M/∂outputs²)J: forward mode to the outputs, their small Hessian, reverse mode back.
     """
     maker, total = problem.maker, torch.zeros_like(vectors)
+    rows = maker.unflatten(vectors)
     for inputs, targets in problem.batches(problem.train, indices):
-
-        def outputs(values: dict[str, Tensor], inputs: Inputs = inputs) -> Tensor:
-            return functional_call(maker.model, values, *arguments(inputs))
-
-        def summed(out: Tensor, targets: Tensor = targets) -> Tensor:
-            return problem.measure.values(out, targets).sum()
-
-        def gauss_newton(vector: dict[str, Tensor]) -> dict[str, Tensor]:
-            moved: tuple[Tensor, ...] = jvp(outputs, (maker.params,), (vector,))
-            curved = jvp(grad(summed), moved[:1], moved[1:])[1]
-            return vjp(outputs, maker.params)[1](curved)[0]
-
-        def hessian(vector: dict[str, Tensor]) -> dict[str, Tensor]:
-            def whole(values: dict[str, Tensor]) -> Tensor:
-                return summed(outputs(values))
-
-            return jvp(grad(whole), (maker.params,), (vector,))[1]
-
-        product = gauss_newton if problem.settings.curvature == "gauss_newton" else hessian
-        total += maker.flatten(vmap(product)(maker.unflatten(vectors)))
+        product = partial(_product, problem, inputs, targets)
+        try:
+            found = vmap(product)(rows)
+        except (RuntimeError, NotImplementedError):  # a fused operation that has no forward mode, or none under vmap
+            found = _without_fused_operations(product, rows)
+        total += maker.flatten(found)
     return total / len(indices)
+
+
+def _product(problem: Problem, inputs: Inputs, targets: Tensor, vector: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The curvature of the measures' sum on a batch, times a vector."""
+    maker = problem.maker
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        return call(maker.model, inputs, values)
+
+    def summed(out: Tensor) -> Tensor:
+        return problem.measure.values(out, targets).sum()
+
+    def whole(values: dict[str, Tensor]) -> Tensor:
+        return summed(outputs(values))
+
+    if problem.settings.curvature == "hessian":
+        return jvp(grad(whole), (maker.params,), (vector,))[1]
+    moved: tuple[Tensor, ...] = jvp(outputs, (maker.params,), (vector,))
+    curved = jvp(grad(summed), moved[:1], moved[1:])[1]
+    return vjp(outputs, maker.params)[1](curved)[0]
+
+
+def _without_fused_operations(
+    product: Callable[[dict[str, Tensor]], dict[str, Tensor]], rows: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """`product` of each row, slowly, with attention and recurrent layers made of operations that can do all modes."""
+    count, fastpath = len(next(iter(rows.values()))), torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            found = [product({name: row[i] for name, row in rows.items()}) for i in range(count)]
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"torch cannot differentiate this model twice ({error}); use solver='kernel'") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    return {name: torch.stack([one[name] for one in found]) for name in rows}
 
 
 def damped_product(problem: Problem, vectors: Tensor, indices: Tensor, damping: float) -> Tensor:

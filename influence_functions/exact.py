@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from ._support import NonFiniteError
+from ._support import Indices, NonFiniteError, as_indices
 
 
 def fit_softmax_regression(features: Tensor, labels: Tensor, l2: float, n: int | None = None) -> nn.Linear:
@@ -34,16 +31,14 @@ def fit_softmax_regression(features: Tensor, labels: Tensor, l2: float, n: int |
     return model
 
 
-def removal_effect(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], l2: float, removed: Sequence[int] | NDArray[Any]
-) -> float:
+def removal_effect(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], l2: float, removed: Indices) -> float:
     """Mean test loss of a softmax regression refitted without the `removed` images, minus that with all of them.
 
     Positive: they were helpful. train, test: (features, labels); the objective keeps its 1/n (see above).
     """
     (features, labels), (test_features, test_labels) = train, test
     kept = torch.ones(len(labels), dtype=torch.bool)
-    kept[torch.as_tensor(np.asarray(removed))] = False
+    kept[as_indices(removed, len(labels), "removed")] = False
     losses = []
     for chosen in (torch.ones_like(kept), kept):
         model = fit_softmax_regression(features[chosen], labels[chosen], l2, n=len(labels))
@@ -53,7 +48,7 @@ def removal_effect(
 
 
 def leave_one_out(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], l2: float, left_out: Sequence[int] | NDArray[Any]
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], l2: float, left_out: Indices
 ) -> NDArray[np.float64]:
     """(k, m) change of each test loss when softmax regression is refitted without one training image; > 0: it helped.
 
@@ -84,4 +79,5 @@ def leave_one_out(
     size = weight.numel()
     factor = torch.linalg.cholesky(torch.autograd.functional.hessian(objective, weight).view(size, size))
     before = losses(weight)
-    return torch.stack([losses(without(int(index))) - before for index in left_out]).numpy()
+    chosen = as_indices(left_out, n, "left_out").tolist()
+    return torch.stack([losses(without(index)) - before for index in chosen]).numpy()

@@ -7,7 +7,6 @@ Which road a layer takes is proved on real samples against plain autograd, each 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 import warnings
@@ -18,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from .blocks import Block, Dense, lightest
-from .data import Inputs, arguments, call, on_tensors
+from .data import Inputs, call, on_tensors
 from .layers import Call, by_rule, by_vmap
 from .measures import Measure
+from .private import copy_of
 from .stack import Gradients
 
 Road = Callable[[nn.Module, Sequence[str], Call], Block]
 _Recorded = tuple[str, tuple[Any, ...], dict[str, Any], GradientEdge]
+PROVED = 4  # samples of a batch that are compared, one by one
 NETWORK = "(the network)"  # where parameters that go through the whole network stand among the layers
 
 
@@ -73,34 +74,37 @@ class GradientMaker:
         pieces = matrix.split([param.numel() for param in self.params.values()], dim=1)
         return {name: piece.unflatten(1, self.params[name].shape) for name, piece in zip(self.params, pieces)}
 
-    def prove(self, inputs: Inputs, targets: Tensor) -> None:
-        """Choose each layer's road on a few samples (b, …), in their order and in the reverse, against plain autograd.
+    def prove(self, batches: Sequence[tuple[Inputs, Tensor]]) -> None:
+        """Choose each layer's road by comparing with plain autograd, on the first few samples (PROVED) of each batch.
 
+        The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few.
         A rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
         """
-        truth = self._in_a_loop([*self.params], inputs, targets)
-        backwards = on_tensors(lambda part: part.flip(0), inputs), targets.flip(0)
+        truths = [self._in_a_loop([*self.params], *_first(*batch)) for batch in batches]
         for road in (by_rule, by_vmap):
             self.roads |= dict.fromkeys(self.layers.keys() - self.roads.keys(), road)
-            found, reverse = self._attempt(inputs, targets), self._attempt(*backwards)
-            for name in [name for name, chosen in self.roads.items() if chosen is road]:
-                wanted = torch.cat([truth[param].flatten(1) for param in self._parameters(name)], dim=1)
-                if not (_close(found.get(name), wanted) and _close(reverse.get(name), wanted.flip(0))):
-                    del self.roads[name]
+            for batch, truth in zip(batches, truths):
+                found = self._attempt(*batch)
+                for name in [name for name, chosen in self.roads.items() if chosen is road]:
+                    wanted = torch.cat([truth[param].flatten(1) for param in self._parameters(name)], dim=1)
+                    if not _close(found.get(name), wanted):
+                        del self.roads[name]
             if road is by_rule:
                 self.slow_layers = tuple(name for name in self.layers if name not in self.roads)
         self.roads = {name: self.roads[name] for name in self.layers if name in self.roads}
         rest = self._rest()
         self.slow_layers += tuple(name for name in rest if name.rpartition(".")[0] not in self.layers)
-        self.looped = bool(rest) and not self._network_agrees(rest, truth, inputs, targets)
+        self.looped = bool(rest) and not self._network_agrees(rest, truths[0], *batches[0])
 
     def _attempt(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
-        """The gradients (b, q) of every layer whose road serves it at all."""
+        """The gradients of the first few samples, (b, q) of every layer whose road serves it at all."""
         found, calls = {}, self._capture(inputs, targets)
         for name in self.roads:
             try:
                 with torch.no_grad():
-                    found[name] = self._block(name, calls.get(name, []), len(targets)).dense()
+                    found[name] = (
+                        self._block(name, calls.get(name, []), len(targets)).select(slice(PROVED)).dense().clone()
+                    )
             except NotImplementedError:
                 continue
             except Exception as error:  # whatever a rule raises: there are other roads
@@ -156,7 +160,7 @@ class GradientMaker:
         if not hasattr(self._local, "hooked"):
             shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
             recorded: list[_Recorded] = []
-            model = copy.deepcopy(self.model, shared)
+            model = copy_of(self.model, shared)
             for name in self.layers:
                 model.get_submodule(name).register_forward_hook(partial(_record, recorded, name), with_kwargs=True)
             self._local.hooked = model, recorded
@@ -168,14 +172,15 @@ class GradientMaker:
             return self._in_a_loop(names, inputs, targets)
 
         def single(values: dict[str, Tensor], inputs: Inputs, target: Tensor) -> Tensor:
-            args, kwargs = arguments(on_tensors(lambda part: part[None], inputs))
-            return self.measure.values(functional_call(self.model, values, args, kwargs), target[None]).sum()
+            outputs = call(self.model, on_tensors(lambda part: part[None], inputs), values)
+            return self.measure.values(outputs, target[None]).sum()
 
         return vmap(grad(single), in_dims=(None, 0, 0))({n: self.params[n] for n in names}, inputs, targets)
 
     def _in_a_loop(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """The same by plain autograd, one sample after the other: slow, general, and what all else is held against."""
-        params, rows = [self.model.get_parameter(name) for name in names], []
+        own = dict(self.model.named_parameters())
+        params, rows = [own[name] for name in names], []
         for i in range(len(targets)):
             one = slice(i, i + 1)
             with torch.enable_grad():
@@ -215,7 +220,8 @@ def _layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found = {}
     for name, layer in model.named_modules():
         own = {n: p for n, p in layer.named_parameters(recurse=False, remove_duplicate=False) if p.requires_grad}
-        if own and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
+        scripted = isinstance(layer, torch.jit.ScriptModule)  # what happens inside it, no hook sees
+        if own and not scripted and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
             found[name] = tuple(own)
     return found
 
@@ -228,6 +234,10 @@ def _record(
         plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         named = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
         recorded.append((name, plain, named, get_gradient_edge(out)))
+
+
+def _first(inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
+    return on_tensors(lambda part: part[:PROVED], inputs), targets[:PROVED]
 
 
 def _close(found: Tensor | None, wanted: Tensor) -> bool:

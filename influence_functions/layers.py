@@ -33,6 +33,7 @@ from .blocks import Block, Dense, Lookup, Pair, slices
 
 Rule = Callable[[Any, Tensor, Tensor], "Mapping[str, Tensor] | Pair | Lookup"]
 RULES: dict[type[nn.Module], Rule] = {}
+COMPUTED = ("_orig", "_g", "_v")  # names that pruning, weight and spectral norm give to what they compute from
 CACHED = 2**21  # numbers that are worked through several times: more fall out of the processor's cache (measured)
 
 
@@ -69,6 +70,8 @@ def by_rule(layer: nn.Module, names: Sequence[str], call: Call) -> Block:
     rule, inputs = rule_of(layer), [*call.args, *call.kwargs.values()]
     if rule is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise NotImplementedError("rules are for layers that take one tensor")
+    if any(name.endswith(COMPUTED) for name in names):
+        raise NotImplementedError("its weight is computed from other parameters before each call")
     found = rule(layer, inputs[0], call.deltas)
     if isinstance(found, Pair) and "weight" in names:
         return Pair(found.inputs, found.deltas, "bias" in names)

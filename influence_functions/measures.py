@@ -77,7 +77,12 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 def _check_classes(outputs: Tensor, targets: Tensor) -> None:
     if outputs.ndim != 2:
-        raise ValueError(f"the model must return logits (b, C), not {tuple(outputs.shape)}; or pass your own measure")
+        raise ValueError(
+            f"the model must return logits (b, C), not {tuple(outputs.shape)}; for numbers, pass "
+            "measure='squared_error' or 'binary', else a measure of your own"
+        )
+    if outputs.shape[1] == 1:
+        raise ValueError("the model returns one number a sample; pass measure='binary' or 'squared_error'")
     check_labels(targets, outputs.shape[1])
 
 

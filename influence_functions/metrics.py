@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from ._support import NonFiniteError
 from .results import Influences
 
 
@@ -52,6 +53,12 @@ def linear_datamodeling_score(
             f"scores {scores.shape} are (m, n), so masks must be (h, n) and outcomes (h, m), not {masks.shape}, "
             f"{outcomes.shape}"
         )
+    for name, values in (("scores", scores), ("outcomes", outcomes)):
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"{name} contain NaN or infinity, of which no rank can be taken; compute them again")
+    if not np.isin(masks, (0, 1)).all():
+        raise ValueError("masks must be truth values, (h, n): which images each half keeps")
+    masks = masks.astype(np.bool_)
     predicted, actual = _standard_ranks(-(masks.astype(scores.dtype) @ scores.T)), _standard_ranks(outcomes)
     generator = np.random.default_rng(seed)
     halves = generator.multinomial(len(masks), np.full(len(masks), 1 / len(masks)), size=repeats) / len(masks)
@@ -85,6 +92,8 @@ def noise_ceiling(outcomes: NDArray[Any]) -> tuple[float, float]:
     R = r·agreement / (1 + (r − 1)·agreement) (Spearman-Brown), and √R is the most that a perfect prediction of the
     noise-free outcome could score against it.
     """
+    if not np.isfinite(outcomes).all():
+        raise NonFiniteError("outcomes contain NaN or infinity; leave those trainings out")
     if len(outcomes) < 2:
         raise ValueError("a noise ceiling needs at least two repeated trainings of each half")
     ranks, whole = [_standard_ranks(repeat) for repeat in outcomes], np.full((1, outcomes.shape[1]), 1.0)

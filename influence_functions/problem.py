@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._support import NonFiniteError, pick_device
-from .data import Inputs, Source, as_source, call, on_tensors, shapes, tensors_of
-from .gradients import GradientMaker
+from ._support import NonFiniteError, free_bytes, pick_device
+from .data import Inputs, Source, as_source, call, moved, shapes, tensors_of
+from .gradients import PROVED, GradientMaker
 from .measures import Measure, as_measure
+from .private import private_copy
 from .settings import InfluenceSettings
 from .stack import Gradients
-
-PROVED_ON = 3  # training samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +44,23 @@ class Problem:
         return self.maker.measure
 
     @cached_property
+    def held(self) -> float:
+        """Bytes of the gradients of one sample."""
+        few = self.proof()[0]
+        return self.maker(*self.batch(self.train, few)).held / len(few)
+
+    @cached_property
     def sample(self) -> Tensor:
         """(r,) indices of the training samples that stand in for all of them in the curvature."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         order = torch.randperm(self.train.size, generator=generator)
         return order[: self.settings.samples].sort().values
+
+    def proof(self) -> tuple[Tensor, Tensor]:
+        """Indices of a few training samples from all over, and of a whole chunk that begins with them."""
+        few = torch.linspace(0, self.train.size - 1, min(PROVED, self.train.size)).long().unique()
+        others = torch.arange(min(self.train.size, self.settings.chunk))
+        return few, torch.cat([few, others[~torch.isin(others, few)]])[: max(self.settings.chunk, len(few))]
 
     @cached_property
     def sampled(self) -> Gradients:
@@ -59,6 +69,8 @@ class Problem:
         Where the measure can, each target is drawn from the model's own prediction: the expectation is then the true
         Fisher, which equals the Gauss-Newton matrix (Martens 2020, section 9). Else the given targets are used.
         """
+        cure = f"samples below {len(self.sample)}, a model with frozen layers, or solver='cg'"
+        self.check_memory(len(self.sample), f"of the {len(self.sample)} samples of the curvature", cure)
         return Gradients.join([self.maker(*batch) for batch in self._drawn_batches()])
 
     @cached_property
@@ -95,7 +107,7 @@ class Problem:
         like = next(iter(self.maker.params.values()))
         inputs, targets = source.batch(chosen)
         self.measure.check(self.outputs, targets)
-        return _moved(inputs, like), targets.to(like.device, None if targets.is_floating_point() else torch.long)
+        return moved(inputs, like), targets.to(like.device, None if targets.is_floating_point() else torch.long)
 
     def batches(self, source: Source, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
         """The samples at `indices`, a chunk at a time."""
@@ -103,6 +115,7 @@ class Problem:
 
     def gradients(self, source: Source, indices: Tensor, role: str = "test") -> tuple[Gradients, Tensor]:
         """The gradients at the samples at `indices`, checked, and their targets (k, …)."""
+        self.check_memory(len(indices), f"of {len(indices)} {role} samples", "fewer of them at once")
         parts = [(self.maker(*batch), batch[1]) for batch in self.batches(source, indices)]
         gradients = Gradients.join([part for part, _ in parts])
         if not torch.isfinite(gradients.squares()).all():
@@ -111,12 +124,18 @@ class Problem:
             )
         return gradients, join_targets([targets for _, targets in parts])
 
+    def check_memory(self, count: int, whose: str, cure: str) -> None:
+        """ValueError where the gradients of so many samples, and a copy while they are joined, find no room."""
+        needed, free = 2 * count * self.held, free_bytes(self.device)
+        if needed > free:
+            raise ValueError(
+                f"the gradients {whose} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; pass {cure}"
+            )
+
     def check_tests(self, source: Source, indices: Tensor) -> None:
         """Errors that say what is wrong with the choice of test samples, or with the samples."""
         if len(indices) == 0:
-            raise ValueError("no test sample chosen: test_indices is empty")
-        if int(indices.min()) < 0 or int(indices.max()) >= source.size:
-            raise ValueError(f"test indices must lie in 0..{source.size - 1}; found {indices.tolist()}")
+            raise ValueError("no sample chosen: the indices are empty")
         _try_model(self.maker, source, int(indices[0]), "test")
 
 
@@ -129,32 +148,39 @@ def join_targets(parts: list[Tensor]) -> Tensor:
 
 def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> Problem:
     """Copy the model (so that the caller's is never touched), move it, and prove its roads on training samples."""
-    device = pick_device(settings.device)
-    private = copy.deepcopy(model).to(device).eval()
-    params = [param for param in private.parameters() if param.requires_grad]
-    if not params:
-        raise ValueError("the model has no trainable parameter (requires_grad); influence is about trained parameters")
-    if not all(torch.isfinite(param).all() for param in params):
-        raise NonFiniteError("the model's weights contain NaN or infinity; train it again or load another checkpoint")
-    source, maker = as_source(train, "train"), GradientMaker(private, as_measure(settings.measure))
+    private, measure = private_copy(model, pick_device(settings.device)), as_measure(settings.measure)
+    source, maker = as_source(train, "train"), GradientMaker(private, measure)
     problem = Problem(maker, source, settings, _try_model(maker, source, 0, "train"))
-    maker.prove(*problem.batch(source, torch.arange(min(PROVED_ON, source.size))))
+    few, chunk = problem.proof()
+    _check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
+    maker.prove([problem.batch(source, few), problem.batch(source, few.flip(0)), problem.batch(source, chunk)])
     return problem
 
 
-def _moved(inputs: Inputs, like: Tensor) -> Inputs:
-    return on_tensors(lambda part: part.to(like.device, like.dtype if part.is_floating_point() else None), inputs)
+def _check_measure(maker: GradientMaker, inputs: Inputs, targets: Tensor) -> None:
+    """ValueError unless the measure gives two samples a number each, not one for both."""
+    with torch.no_grad():
+        values = maker.measure.values(call(maker.model, inputs), targets)
+    if not isinstance(values, Tensor) or values.shape != (2,):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"measure {maker.measure.name!r} must return one number a sample, (2,) for two, not {shape}; for a loss "
+            "of torch, pass reduction='none', and sum over what belongs to one sample"
+        )
 
 
 def _try_model(maker: GradientMaker, source: Source, index: int, role: str) -> Tensor:
     """Outputs (1, …) for one sample, with the errors a caller can act on when sample and model do not fit."""
     inputs, targets = source.batch(torch.tensor([index]))
-    inputs = _moved(inputs, next(iter(maker.params.values())))
+    inputs = moved(inputs, next(iter(maker.params.values())))
     try:
         with torch.no_grad():
             outputs = call(maker.model, inputs)
-    except RuntimeError as error:
-        raise ValueError(f"{role}: the model refuses inputs of shape {shapes(inputs)}: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the caller's model raises
+        hint = "; of each sample, all parts but the last, the target, are inputs" if isinstance(inputs, tuple) else ""
+        raise ValueError(f"{role}: the model refuses inputs of shape {shapes(inputs)}{hint}: {error}") from error
     maker.measure.check(outputs, targets)
     finite = all(torch.isfinite(part).all() for part in tensors_of(inputs))
     if finite and not torch.isfinite(outputs).all():

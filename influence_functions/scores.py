@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
 
-from ._support import NonFiniteError, in_parallel
+from ._support import Indices, NonFiniteError, as_indices, in_parallel
 from .data import Source, as_source
 from .problem import Problem, join_targets, make_problem
 from .results import Influences
@@ -24,7 +25,6 @@ from .solvers import Health, Solved, prepare
 from .stack import Gradients
 
 Models = nn.Module | Sequence[nn.Module]
-Indices = Sequence[int] | NDArray[Any] | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class _Scoring:
 def score_training(problem: Problem, solved: Sequence[Solved]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
     """(m, n) influences by each of the solutions, in one pass over the training data, and its targets (n, …)."""
     settings, everything = problem.settings, torch.arange(problem.train.size)
+    chunk = min(settings.chunk, problem.train.size)
+    problem.check_memory(chunk, f"of a chunk of {chunk} samples", f"chunk below {chunk}")
     # Each its own copy: a part of a tensor travels to another process with all of it.
     chunks = (chosen.clone() for chosen in everything.split(settings.chunk))
     parts = in_parallel(_Scoring(problem, tuple(solved)), chunks, settings.jobs)
@@ -72,8 +74,8 @@ def _models(model: Models) -> list[nn.Module]:
     return found
 
 
-def _indices(chosen: Indices, source: Source) -> Tensor:
-    return torch.arange(source.size) if chosen is None else torch.as_tensor(chosen, dtype=torch.long)
+def _indices(chosen: Indices | None, source: Source, role: str) -> Tensor:
+    return torch.arange(source.size) if chosen is None else as_indices(chosen, source.size, role)
 
 
 def _sweep(model: nn.Module, train: Any, test: Source, indices: Tensor, settings: InfluenceSettings,
@@ -116,7 +118,7 @@ def compute_influences(
     model: Models,
     train: Any,
     test: Any,
-    test_indices: Indices = None,
+    test_indices: Indices | None = None,
     settings: InfluenceSettings | None = None,
     **changes: Any,
 ) -> Influences:
@@ -139,7 +141,7 @@ def compute_influences(
     ((2, 60), 'kernel', 5)
     """
     chosen, source = (settings or InfluenceSettings()).changed(changes), as_source(test, "test")
-    indices = _indices(test_indices, source)
+    indices = _indices(test_indices, source, "test")
     each = [_sweep(one, train, source, indices, chosen, [1.0])[0] for one in _models(model)]
     mean = np.mean([one.scores for one in each], axis=0) if len(each) > 1 else each[0].scores
     return dataclasses.replace(each[0], scores=mean, health=_mean_health([one.health for one in each]))
@@ -166,7 +168,7 @@ def sweep_damping(
         raise ValueError(f"factors must be positive multiples of the damping, at least one, not {list(factors)}")
     source = as_source(test, "test")
     chosen = (settings or InfluenceSettings()).changed(changes)
-    return dict(zip(factors, _sweep(model, train, source, _indices(None, source), chosen, factors)))
+    return dict(zip(factors, _sweep(model, train, source, torch.arange(source.size), chosen, factors)))
 
 
 def mean_influences(
@@ -188,15 +190,18 @@ def mean_influences(
 def _mean_of_one(model: nn.Module, train: Any, test: Source, settings: InfluenceSettings) -> NDArray[Any]:
     problem, everything = make_problem(model, train, settings), torch.arange(test.size)
     problem.check_tests(test, everything)
-    parts = [problem.gradients(test, part)[0] for part in everything.split(settings.chunk)]
     ones = next(iter(problem.maker.params.values())).new_ones(1, settings.chunk)
-    total = torch.stack([part.weighted(ones[:, : len(part)]) for part in parts]).sum(0)
-    mean = parts[0].like(total / test.size)
-    return score_training(problem, [prepare(problem).solve(mean)])[0][0][0]
+    total: Tensor | float = 0.0
+    for chosen in everything.split(settings.chunk):
+        gradients = problem.gradients(test, chosen)[0]
+        total = total + gradients.weighted(ones[:, : len(gradients)])
+    solved = prepare(problem).solve(gradients.like(torch.as_tensor(total) / test.size))
+    _warn_unless_converged(solved.health)
+    return score_training(problem, [solved])[0][0][0]
 
 
 def self_influences(
-    model: Models, train: Any, indices: Indices = None, settings: InfluenceSettings | None = None, **changes: Any
+    model: Models, train: Any, indices: Indices | None = None, settings: InfluenceSettings | None = None, **changes: Any
 ) -> NDArray[Any]:
     """(k,) influence of each training sample on itself, ∇L(z)ᵀ(H + λI)⁻¹∇L(z)/n ≥ 0; large = hard to do without.
 
@@ -211,10 +216,22 @@ def self_influences(
     return np.mean([np.concatenate([*_own(one, train, indices, chosen)]) for one in _models(model)], axis=0)
 
 
-def _own(model: nn.Module, train: Any, indices: Indices, settings: InfluenceSettings) -> Iterator[NDArray[Any]]:
+def _own(model: nn.Module, train: Any, indices: Indices | None, settings: InfluenceSettings) -> Iterator[NDArray[Any]]:
     problem = make_problem(model, train, settings)
-    chosen, prepared = _indices(indices, problem.train), prepare(problem)
+    chosen, prepared = _indices(indices, problem.train, "training"), prepare(problem)
     problem.check_tests(problem.train, chosen)
     for part in chosen.split(settings.chunk):
         gradients: Gradients = problem.gradients(problem.train, part, "training")[0]
-        yield (prepared.solve(gradients).own() / problem.train.size).cpu().numpy()
+        solved = prepared.solve(gradients)
+        _warn_unless_converged(solved.health)
+        yield (solved.own() / problem.train.size).cpu().numpy()
+
+
+def _warn_unless_converged(health: Health) -> None:
+    """For calls that return no health."""
+    if not health.converged:
+        warnings.warn(
+            f"solver {health.solver!r} left a relative residual of {health.residual:.2g}: the influences are not what "
+            "they should be; raise damping or iterations, or take float64",
+            stacklevel=2,
+        )

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .measures import Measure, Values, as_measure
+
+KINDS = {
+    **dict.fromkeys(("damping", "scale", "tolerance"), float),
+    **dict.fromkeys(("samples", "iterations", "batch_size", "repeats", "chunk", "jobs", "seed"), int),
+    "device": str,
+}
+
+
+def _plain(name: str, value: Any, kind: type) -> Any:
+    """A setting as Python's own number or text, which JSON takes, whatever library's it was; None stays."""
+    if value is None and name in ("damping", "scale"):
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value) if kind is int else kind(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a {'whole ' * (kind is int)}number, not {value!r}") from error
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,8 @@ class InfluenceSettings:
 
     def __post_init__(self) -> None:
         as_measure(self.measure)
+        for name, kind in KINDS.items():
+            object.__setattr__(self, name, _plain(name, getattr(self, name), kind))
         if self.curvature not in ("gauss_newton", "hessian"):
             raise ValueError(f"unknown curvature {self.curvature!r}: use one of gauss_newton, hessian")
         for name in ("damping", "scale", "tolerance"):

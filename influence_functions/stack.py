@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import Block, Dense, alike
+from .blocks import Block, Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,11 @@ class Gradients:
         """Multiplications that an inner product of two samples costs."""
         return sum(block.width for block in self.blocks)
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return sum(block.held for block in self.blocks)
+
     def _gather(self, directions: Tensor, places: tuple[slice, ...]) -> Tensor:
         """The columns of directions (m, p) at some places."""
         first, last = places[0], places[-1]
@@ -53,7 +58,7 @@ class Gradients:
 
     def products(self, other: Gradients) -> Tensor:
         """(b, b') inner products with the gradients of other samples."""
-        pairs = (alike(pair) for pair in zip(self.blocks, other.blocks, strict=True))
+        pairs = (_alike(pair) for pair in zip(self.blocks, other.blocks, strict=True))
         return _sum([mine.products(theirs) for mine, theirs in pairs])
 
     def squares(self) -> Tensor:
@@ -69,7 +74,7 @@ class Gradients:
         """(m, p) sums of the gradients, weighted by (m, b)."""
         return self._assemble([block.weighted(weights) for block in self.blocks])
 
-    def select(self, chosen: slice) -> Gradients:
+    def select(self, chosen: slice | Tensor) -> Gradients:
         """Some of the samples."""
         return Gradients(tuple(block.select(chosen) for block in self.blocks), self.places)
 
@@ -80,8 +85,13 @@ class Gradients:
     @staticmethod
     def join(parts: Sequence[Gradients]) -> Gradients:
         """All samples of `parts`, in order."""
-        columns = [alike(column) for column in zip(*(part.blocks for part in parts), strict=True)]
+        columns = [_alike(column) for column in zip(*(part.blocks for part in parts), strict=True)]
         return Gradients(tuple(type(column[0]).join(column) for column in columns), parts[0].places)
+
+
+def _alike(blocks: Sequence[Block]) -> Sequence[Block]:
+    """The same blocks, all in full where they are not all of one form."""
+    return blocks if len({type(block) for block in blocks}) == 1 else [Dense(block.dense()) for block in blocks]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

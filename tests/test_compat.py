@@ -234,7 +234,7 @@ def test_augmentation_is_refused(problem):
             point, label = super().__getitem__(index)
             return point + torch.rand(()), label
 
-    with pytest.raises(ValueError, match="train_loader gives other images each time it is read"):
+    with pytest.raises(ValueError, match="train_loader gives other samples each time it is read"):
         ptif.calc_img_wise(config_for(outdir), model, DataLoader(Jittered(*train.dataset.tensors)), test)
 
 

@@ -32,7 +32,7 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"iteration": 5}, "unknown setting iteration; there are batch_size"),
         ({"indices": [6]}, r"test indices must lie in 0\.\.5"),
         ({"indices": [-1]}, r"test indices must lie in 0\.\.5"),
-        ({"indices": []}, "no test sample chosen"),
+        ({"indices": []}, "no sample chosen"),
         ({"device": "toaster"}, "unknown device 'toaster'"),
         ({"train": (IMAGES[:0], LABELS[:0])}, "train is empty"),
         ({"test": (IMAGES[:0], LABELS[:0])}, "test is empty"),

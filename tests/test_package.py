@@ -25,10 +25,10 @@ from influence_functions.solvers import prepare
 
 PACKAGE = Path(__file__).resolve().parent.parent / "influence_functions"
 FROM_THE_GROUND_UP = (
-    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "gradients", "problem", "curvature",
-    "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa", "solvers.identity", "solvers", "results", "scores",
-    "metrics", "exact", "compat.config", "compat.log", "compat.checks", "compat.original", "compat.files",
-    "compat.kept", "compat.run", "compat", "",
+    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "private", "gradients", "problem",
+    "curvature", "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa", "solvers.identity", "solvers",
+    "results", "scores", "metrics", "exact", "compat.config", "compat.log", "compat.checks", "compat.original",
+    "compat.files", "compat.kept", "compat.run", "compat", "",
 )  # fmt: skip
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")

@@ -110,14 +110,10 @@ def test_predictions_removals_and_scores_are_drawn_as_given():
     plt.close("all")
 
 
-def test_histogram_history_and_row(digits):
+def test_histogram_and_row(digits):
     own = np.arange(100) < 30
     ax = ns.plot_score_histogram(plt.subplots()[1], np.linspace(-1, 1, 100), own, "title")
     assert ax.get_yscale() == "log"
-    history = pd.DataFrame(
-        {"epoch": [1], **{f"{p}_{q}": [0.5] for p in ("train", "validation") for q in ("loss", "accuracy")}}
-    )
-    assert ns.plot_history(plt.subplots(1, 2)[1], history)[0].get_ylabel() == "loss"
     figure = ns.plot_image_row(digits[0], [4, 5], ["first", "second"], "black")
     assert figure.axes[1].get_title() == f"second\n{digits[0].class_of(5)} #5"
     plt.close("all")

@@ -229,7 +229,7 @@ def test_a_killed_run_goes_on_where_it_was(little, root, tmp_path, trained):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finished = ns._read_retrainings(path)
+    finished, _ = ns._read_retrainings(path)
     assert 1 <= len(finished) < 8
     resumed = ns.retrain_all(train, test, plan, SLOWER, path, jobs=1)
     assert len(trained) == 8 - len(finished), "what was finished is not trained again"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..problem import make_problem
@@ -58,6 +59,9 @@ class InfluenceConfig:
     report: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):  # NumPy's numbers as Python's own, which JSON takes
+            if isinstance(value := getattr(self, entry.name), np.generic):
+                object.__setattr__(self, entry.name, value.item())
         for name in ("num_classes", "recursion_depth", "r_averaging"):
             _check_count(name, getattr(self, name), 1)
         for name in ("test_sample_start_per_class", "test_sample_num", "test_start_index"):

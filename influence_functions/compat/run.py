@@ -24,7 +24,7 @@ from ..problem import Problem, make_problem
 from ..scores import join_scores, score_training
 from ..settings import InfluenceSettings
 from ..solvers import Directions, Health, Prepared, prepare
-from .checks import check_steady, choose_tests, keep_previous, model_checksum
+from .checks import choose_tests, keep_previous, model_checksum
 from .config import InfluenceConfig, as_config, batch_size_of
 from .kept import Kept, Parts, entry_text
 from .log import LOG, logging_of
@@ -102,11 +102,9 @@ class _Run:
         own = as_config(config)
         settings = own.settings(batch_size_of(train))
         sources = as_source(train, "train_loader"), as_source(test, "test_loader")
-        for source, role in zip(sources, ("train_loader", "test_loader")):
-            check_steady(source, role)
         (train_sum, _), (test_sum, targets) = (checksum(source) for source in sources)
         labels = torch.cat(targets).cpu().numpy()
-        gradients = f"{type(model).__name__}-{model_checksum(model):08x}-{train_sum}"
+        gradients = f"{type(model).__name__}-{model_checksum(model, sources[0]):08x}-{train_sum}"
         about = {**settings.describe(), "jobs": 0}  # how many at once changes nothing
         solved = f"{gradients}-{test_sum}-{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}"
         keys = {"grad_z": gradients, "s_test": solved}

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..problem import Problem
 from ..stack import Gradients
 
+CONVERGED = 0.1  # relative residual
 SOLVERS: dict[str, type[Prepared]] = {}
 
 
@@ -53,6 +54,11 @@ class Health:
     seconds_score: float = math.nan
     labels: str = ""
     slow_layers: tuple[str, ...] = ()
+
+    @property
+    def converged(self) -> bool:
+        """Whether the residual is below a tenth (NaN: unknown, so not)."""
+        return self.residual < CONVERGED
 
 
 class Solved(ABC):

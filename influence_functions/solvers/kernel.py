@@ -13,6 +13,8 @@ from ..problem import Problem
 from ..stack import Gradients
 from .base import Directions, Health, Prepared, Solved, relative_residual, solver
 
+CHECKED, CHECKED_ABOVE = 4, 1e-4  # solutions written out, where the residual may exceed this
+
 
 def gram_matrix(gradients: Gradients, blocks: int = 8) -> Tensor:
     """(r, r) inner products of all samples, float64 on the CPU; the lower half is computed and mirrored."""
@@ -78,20 +80,36 @@ class Kernel(Prepared):
         """The residual is that of the directions, in their own precision."""
         damping = damping or self.problem.damping
         v = tests.dense()
-        s = (v - self.sample.weighted(self.weights(tests, damping)[0])) / damping
-        check = self.sample.weighted(self.sample.against(s)) / len(self.sample) + damping * s - v
-        return Directions(tests, s, self.health(relative_residual(check, v), damping))
+        s = self.directions(v, self.weights(tests, damping)[0], damping)
+        return Directions(tests, s, self.health(self.residual(s, v, damping), damping))
+
+    def directions(self, v: Tensor, weights: Tensor, damping: float) -> Tensor:
+        """(m, p): s = (v − Gᵀ(K + rλI)⁻¹k) / λ."""
+        return (v - self.sample.weighted(weights)) / damping
+
+    def residual(self, s: Tensor, v: Tensor, damping: float) -> float:
+        """Of solutions s (m, p), by products with the sampled gradients."""
+        image = self.sample.weighted(self.sample.against(s)) / len(self.sample) + damping * s
+        return relative_residual(image - v, v)
 
     def by_products(self, tests: Gradients, damping: float | None = None) -> InnerProducts:
-        """The residual follows from the Gram matrix, since that of s is a weighted sum of the sampled gradients."""
+        """The residual follows from the Gram matrix, since that of s is a weighted sum of the sampled gradients.
+
+        What is lost where inner products are subtracted, the Gram matrix cannot see: where rounding may matter, the
+        solutions that suffer most are written out and checked themselves.
+        """
         damping = damping or self.problem.damping
         (weights, k), shift = self.weights(tests, damping), len(self.gram) * damping
-        exact = weights.cpu().double()
+        exact, norms = weights.cpu().double(), tests.squares().cpu().double().sqrt()
+        norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
         error = (k - exact @ self.gram - shift * exact) / shift
-        norms = ((error @ self.gram) * error).sum(1).clamp_min(0).sqrt()
-        tiny = torch.finfo(torch.float64).tiny
-        residual = float((norms / tests.squares().cpu().double().sqrt().clamp_min(tiny)).max())
-        return InnerProducts(self.sample, tests, weights, self.health(residual, damping))
+        residual = float((((error @ self.gram) * error).sum(1).clamp_min(0).sqrt() / norms).max())
+        rounding = torch.finfo(weights.dtype).eps * self.largest / damping
+        if max(residual, rounding) > CHECKED_ABOVE:
+            few = (exact.norm(dim=1) / norms).topk(min(CHECKED, len(exact))).indices.to(weights.device)
+            v = tests.select(few).dense()
+            rounding = self.residual(self.directions(v, weights[few], damping), v, damping)
+        return InnerProducts(self.sample, tests, weights, self.health(max(residual, rounding), damping))
 
     def weights(self, tests: Gradients, damping: float) -> tuple[Tensor, Tensor]:
         """(K + rλI)⁻¹k (m, r), in the type of the gradients, and k (m, r) in float64 on the CPU."""

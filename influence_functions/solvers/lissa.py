@@ -42,6 +42,13 @@ class Lissa(Prepared):
         """What a step is divided by."""
         return self.problem.settings.scale or 2 * (max(self.tops) + damping)
 
+    def cure(self, damping: float) -> str:
+        """What to change where it diverges."""
+        return (
+            f"scale is {self.scale(damping):.3g}, the largest eigenvalue {self.tops[0]:.3g}: raise scale or "
+            "batch_size, or use solver='kernel'"
+        )
+
     def draw(self) -> Tensor:
         """Indices of a random batch of the curvature's sample; all of it when the batch is as large."""
         sample, size = self.problem.sample, self.problem.settings.batch_size
@@ -53,10 +60,7 @@ class Lissa(Prepared):
         for step in range(1, depths[-1] + 1):
             h = v + h - damped_product(self.problem, h, self.draw(), damping) / scale
             if (step % 20 == 0 or step in depths) and not torch.isfinite(h).all():
-                raise NonFiniteError(
-                    f"LiSSA diverged at scale {scale:.3g} (largest eigenvalue {self.tops[0]:.3g}); raise scale or "
-                    "batch_size, or use solver='kernel'"
-                )
+                raise NonFiniteError(f"LiSSA diverged to NaN or infinity; {self.cure(damping)}")
             if step in depths:
                 yield h / scale
 
@@ -80,5 +84,7 @@ class Lissa(Prepared):
         settings, v, damping = self.problem.settings, tests.dense(), damping or self.problem.damping
         s = self.average(v, settings.iterations, settings.repeats, damping)
         samples, residual = len(self.problem.sample), self.residual(s, v, damping)
+        if not residual <= 1:
+            raise NonFiniteError(f"LiSSA diverged to a residual of {residual:.1e}; {self.cure(damping)}")
         steps = settings.iterations * settings.repeats
         return Directions(tests, s, Health("lissa", residual, damping, self.tops[0], steps, samples))
