@@ -1,4 +1,14 @@
-"""Where the truth can be computed: softmax regressions, refitted without some samples. Needs scikit-learn."""
+"""Where the truth can be computed: softmax regressions, refitted without some samples. Needs scikit-learn.
+
+>>> points, classes = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+>>> fit_softmax_regression(points, classes, l2=0.1).weight.shape
+torch.Size([3, 4])
+>>> effects = leave_one_out((points, classes), (points, classes), 0.1, [0, 1])  # > 0: it helped
+>>> effects.shape
+(2, 30)
+>>> round(float(removal_effect((points, classes), (points, classes), 0.1, [0]) / effects[0].mean()), 6)
+1.0
+"""
 
 from __future__ import annotations
 

@@ -46,6 +46,10 @@ def linear_datamodeling_score(
     Spearman correlation over the h halves is the score of one test image, −1..1 (Ilyas et al. 2022, arXiv:2202.00622;
     Park et al. 2023, arXiv:2303.14186, definition 2.3). A prediction that never changes scores 0.
     The interval is a bootstrap over halves and test images at once, ranks kept as they are.
+
+    >>> masks = np.array([[True, False, True], [False, True, True], [True, True, False]])
+    >>> linear_datamodeling_score(np.array([[3.0, 2.0, 1.0]]), masks, np.array([[0.2], [0.5], [0.1]])).mean
+    1.0
     """
     m, n = scores.shape
     if masks.shape[1:] != (n,) or outcomes.shape != (len(masks), m):
@@ -91,6 +95,9 @@ def noise_ceiling(outcomes: NDArray[Any]) -> tuple[float, float]:
     The agreement is the mean Spearman correlation between two repeats. The mean of r repeats has the reliability
     R = r·agreement / (1 + (r − 1)·agreement) (Spearman-Brown), and √R is the most that a perfect prediction of the
     noise-free outcome could score against it.
+
+    >>> noise_ceiling(np.array([[[1.0], [2.0], [3.0]], [[1.1], [2.2], [2.9]]]))
+    (1.0, 1.0)
     """
     if not np.isfinite(outcomes).all():
         raise NonFiniteError("outcomes contain NaN or infinity; leave those trainings out")
@@ -107,7 +114,7 @@ def count_top_images(models: Sequence[Influences], k: int = 10) -> pd.DataFrame:
     """In how many of several models' results is a training image among the k most helpful, or most harmful?
 
     One row for each (test_index, kind, train_index) that occurs at all: `found_by` of `models` models. All results
-    must be about the same test images.
+    must be about the same test images. See `stability_of`.
     """
     if not models or any(one.test_indices.tolist() != models[0].test_indices.tolist() for one in models):
         raise ValueError("pass the influences of at least one model, all for the same test images")
@@ -123,7 +130,14 @@ def count_top_images(models: Sequence[Influences], k: int = 10) -> pd.DataFrame:
 
 
 def stability_of(counts: pd.DataFrame, test_index: int, kind: str) -> dict[int, float] | None:
-    """train_index → share of the models that have it in their top; None when that test image was not measured."""
+    """train_index → share of the models that have it in their top; None when that test image was not measured.
+
+    >>> from influence_functions import compute_influences
+    >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3
+    >>> models = [compute_influences(nn.Linear(4, 3), (points, classes), (points, classes), [7]) for _ in range(2)]
+    >>> sorted(stability_of(count_top_images(models, k=5), 7, "helpful").values())[-1] in (0.5, 1.0)
+    True
+    """
     measured = counts[counts["test_index"] == test_index]
     if measured.empty:
         return None

@@ -111,6 +111,7 @@ def test_the_numbers_of_the_readme_come_from_the_results():
     named = ("ours", "kronfluence EK-FAC", "captum TracInCP", "ours, 10 models", "dattri TRAK, 10 models")
     found = results["mislabels"]["detection"]["any class"]
     scores = ("loss", "margin", "out of fold", "self-influence", "influence", "random")
+    sizes = (12_500, 25_000, 50_000)
     for text in (
         f"| {' | '.join('{:.0%}'.format(found[score]['found'][0]) for score in scores)} |",
         *("{lds:.3f} [{low:.3f}, {high:.3f}] | {seconds:.1f} s".format(**methods[name]) for name in named),
@@ -120,7 +121,11 @@ def test_the_numbers_of_the_readme_come_from_the_results():
         f"| {results['retraining']['stability']['mean_share']:.0%} |",
         f"{student['test_accuracy']:.1%}",
         f"| {speed['plain']['median']:.1f} s |",
-        f"| {ten['median']:.1f} s |",
+        f"| {ten['median']:.1f} s | {ten['peak']:.1f} GB | {ten['median'] / speed['plain']['median']:.1f} × the plain",
+        f"| {speed['resnet20 2000 x 10']['score']:.1f} s | {speed['resnet20 2000 x 10']['peak']:.1f} GB |",
+        f"{speed['resnet20 2000 x 10']['score_to_plain']:.1f} × a plain pass over them",
+        "{:.1f}, {:.1f} and {:.1f} s of scoring".format(*(speed["engine"][f"{n} x 10"]["score"] for n in sizes)),
+        "{:.1f}, {:.1f} and {:.1f} GB for".format(*(speed["engine"][f"{n} x 10"]["peak"] for n in sizes)),
         f"| {many['median']:.1f} s |",
         f"| {speed['package']['scaled_seconds']:.0f} s |",
         f"{ten['package_ratio']:,} ×",

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -65,6 +66,27 @@ def test_the_examples_in_the_docstrings_work(name):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     result = doctest.testmod(module, extraglobs={"torch": torch, "nn": nn}, optionflags=flags)
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", ["", "metrics", "exact", "compat"])
+def test_every_public_function_has_an_example(name):
+    """In its own docstring, in that of its class or module, or in another example of the same module."""
+    room = importlib.import_module(f"influence_functions.{name}".removesuffix("."))
+    own = [word for word, thing in vars(room).items() if getattr(thing, "__module__", "") == room.__name__]
+    public = [word for word in getattr(room, "__all__", own) if not word.startswith("_") and not word.endswith("Error")]
+    without = {
+        "OriginalRun",
+        "run_original",
+        "init_logging",
+        "calc_influences",
+        "LDS",
+    }  # the original, variants
+    for word in (word for word in public if callable(getattr(room, word)) and word not in without):
+        thing = getattr(room, word)
+        home = sys.modules[thing.__module__]
+        docs = [inspect.getdoc(thing) or "", home.__doc__ or "", room.__doc__ or ""]
+        docs += [inspect.getdoc(other) or "" for other in vars(home).values() if callable(other)]
+        assert any(word in doc.partition(">>>")[2] for doc in docs), word
 
 
 def test_importing_the_package_loads_nothing_that_only_notebooks_need():

@@ -42,6 +42,9 @@ class Health:
     labels              of the samples that the Fisher matrix is made of: "drawn" from the model's own prediction,
                         "given" with the data, or "" where the solver needs none
     slow_layers         layers that no rule serves: they are differentiated once a sample, or with the whole network
+
+    >>> Health("cg", residual=0.3, damping=0.01, iterations=5).converged
+    False
     """
 
     solver: str
