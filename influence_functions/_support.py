@@ -57,6 +57,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """None of torch's modes that a caller may be in: inference, autocast, another default device. Also a decorator."""
+    with torch.inference_mode(False), contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def as_indices(chosen: Indices, size: int, role: str) -> Tensor:
     """(k,) indices from what a caller means by "these samples"; ValueError, with its `role`, for anything else.
 
@@ -120,7 +132,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes private files; a result is for everyone
+        os.umask(mask := os.umask(0))  # mkstemp makes private files; a result is as the user wants files to be
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

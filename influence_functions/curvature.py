@@ -37,10 +37,10 @@ def curvature_product(problem: Problem, vectors: Tensor, indices: Tensor) -> Ten
 
 def _product(problem: Problem, inputs: Inputs, targets: Tensor, vector: dict[str, Tensor]) -> dict[str, Tensor]:
     """The curvature of the measures' sum on a batch, times a vector."""
-    maker = problem.maker
+    maker, model = problem.maker, problem.maker.recorder.scratch()
 
     def outputs(values: dict[str, Tensor]) -> Tensor:
-        return call(maker.model, inputs, values)
+        return call(model, inputs, values)
 
     def summed(out: Tensor) -> Tensor:
         return problem.measure.values(out, targets).sum()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -93,15 +95,15 @@ def as_source(data: Any, role: str) -> Source:
     it; an object with `batch(indices)` and a length; a map-style data set; a DataLoader of one. It must give the same
     samples each time: with augmentation, neither would influences mean anything, nor could a run be continued.
     """
-    if isinstance(data, dict) or (isinstance(data, (tuple, list)) and _is_pair(data)):
-        return _of_tensors(*_split(data if isinstance(data, dict) else tuple(data), role), role)
+    if isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and _is_pair(data)):
+        return _of_tensors(*_split(data if isinstance(data, Mapping) else tuple(data), role), role)
     if isinstance(data, Source):
-        source = data
+        source = Source(data.size, lambda chosen: _split(data.batch(chosen), role))
     elif isinstance(data, DataLoader):
         source = _of_samples(*_unwrap(data, role), role)
-    elif isinstance(data, Sized) and callable(batch := getattr(data, "batch", None)):
-        source = Source(len(data), batch)
-    elif isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, (IterableDataset, Mapping)):
+    elif isinstance(data, Sized) and _has_batch(data):
+        source = Source(len(data), lambda chosen: _split(data.batch(chosen), role))  # type: ignore[attr-defined]
+    elif isinstance(data, Sized) and hasattr(data, "__getitem__") and not isinstance(data, IterableDataset):
         source = _of_samples(data, default_collate, role)
     else:
         raise ValueError(
@@ -120,28 +122,45 @@ def _check_size(size: int, role: str) -> None:
 def _check_steady(source: Source, role: str) -> None:
     _check_size(source.size, role)
     first = torch.arange(min(source.size, 20))
-    once, again = (tensors_of(source.batch(first)[0]) for _ in range(2))
+    once, again = ([*tensors_of(inputs), targets] for inputs, targets in (source.batch(first) for _ in range(2)))
     if not all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(once, again)):
         raise ValueError(f"{role} gives other samples each time it is read; switch off its augmentation")
 
 
+def _has_batch(data: Any) -> bool:
+    """Whether it has batch(indices), and not another library's method of that name."""
+    batch = getattr(data, "batch", None)
+    return callable(batch) and next(iter(signature(batch).parameters), "") in ("indices", "chosen")
+
+
 def _is_pair(data: Sequence[Any]) -> bool:
     """Whether this is (inputs, targets) and not a list of samples."""
-    return len(data) == 2 and isinstance(data[1], ARRAYS) and isinstance(data[0], (*ARRAYS, tuple, list, dict))
+    if len(data) != 2 or (not isinstance(data[0], (*ARRAYS, tuple, list, dict)) and not hasattr(data[0], "to_numpy")):
+        return False
+    column = isinstance(data[1], list) and all(isinstance(target, (int, float)) for target in data[1])
+    return column or isinstance(data[1], ARRAYS) or hasattr(data[1], "to_numpy")
 
 
 def _tensor(part: Any, role: str) -> Tensor:
     """A tensor that autograd does not follow, of a tensor or an array; ValueError for anything else."""
-    if isinstance(part, np.ndarray) and part.dtype.kind in "biuf":
-        return torch.from_numpy(part)
-    if not isinstance(part, Tensor):
+    if isinstance(part, list) and all(isinstance(number, (int, float)) for number in part):
+        part = np.array(part)
+    if isinstance(part, np.ndarray) and part.dtype.kind in "biuf" and part.dtype.itemsize <= 8:
+        kind = np.int64 if part.dtype.kind == "u" and part.dtype.itemsize > 1 else part.dtype.newbyteorder("=")
+        with warnings.catch_warnings():  # of memory that may only be read: nobody writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(np.ascontiguousarray(part, dtype=kind))  # a copy only where it must be
+    if not isinstance(part, Tensor) or part.is_sparse or part.layout != torch.strided:
         hint = "; pass its .to_numpy()" if hasattr(part, "to_numpy") else ""
+        hint = "; pass its .to_dense()" if isinstance(part, Tensor) else hint
         raise ValueError(f"{role}: inputs and targets must be tensors of numbers, not {type(part).__name__}{hint}")
     return part.detach()
 
 
 def _of_tensors(inputs: Inputs, targets: Tensor, role: str) -> Source:
     for part in tensors_of(inputs):
+        if part.ndim == 0 or targets.ndim == 0:
+            raise ValueError(f"{role} looks like one sample; pass (x[None], y[None]), or a Subset of the data set")
         if len(part) != len(targets):
             raise ValueError(f"{role}: {len(part)} inputs but {len(targets)} targets; they must pair up")
     _check_size(len(targets), role)
@@ -183,7 +202,7 @@ def _split(batch: Any, role: str) -> tuple[Inputs, Tensor]:
 
 def _unwrap(loader: DataLoader[Any], role: str) -> tuple[Any, Callable[[list[Any]], Any]]:
     """The data set of a loader, whose order gives the indices however its batches are drawn, and what makes a batch."""
-    sampler, data = loader.sampler, loader.dataset
+    sampler, data = getattr(loader.batch_sampler, "sampler", loader.sampler), loader.dataset
     if isinstance(data, IterableDataset) or not isinstance(data, Sized):
         raise ValueError(
             f"{role} must be a pair of tensors (inputs, targets) or a map-style data set: a stream has none"

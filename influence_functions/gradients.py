@@ -8,28 +8,28 @@ Which road a layer takes is proved on real samples against plain autograd, each 
 from __future__ import annotations
 
 import itertools
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import grad, vmap
 
 from .blocks import Block, Dense, lightest
 from .data import Inputs, call, on_tensors
+from .hooks import Recorder, flat
 from .layers import Call, by_rule, by_vmap
 from .measures import Measure
-from .private import copy_of
 from .stack import Gradients
 
 Road = Callable[[nn.Module, Sequence[str], Call], Block]
-_Recorded = tuple[str, tuple[Any, ...], dict[str, Any], GradientEdge]
 PROVED = 4  # samples of a batch that are compared, one by one
 NETWORK = "(the network)"  # where parameters that go through the whole network stand among the layers
+
+
+class DisagreementError(RuntimeError):
+    """A layer's gradients were right on other samples, and are not on these."""
 
 
 class GradientMaker:
@@ -44,35 +44,32 @@ class GradientMaker:
         self.params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.columns = _columns(self.params)
         self.layers = _layers(model)
+        self.recorder = Recorder(model, [*self.layers])
         self.roads: dict[str, Road] = {}
         self.looped = False
         self.slow_layers: tuple[str, ...] = ()
-        self._local = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_local": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._local = threading.local()
 
     @torch.no_grad()
-    def __call__(self, inputs: Inputs, targets: Tensor) -> Gradients:
-        """The gradients of the measure at each sample: inputs (b, …), targets (b, …)."""
-        blocks = self._by_layer(inputs, targets) if self.roads else {}
+    def __call__(self, inputs: Inputs, targets: Tensor, check: bool = True, mend: bool = True) -> Gradients:
+        """The gradients of the measure at each sample: inputs (b, …), targets (b, …).
+
+        check: hold each layer's against autograd on this very batch, at the price of one more backward pass. Those that
+        do not agree, as where a forward sorts its batch or sends samples different ways, are made in a loop if `mend`,
+        else DisagreementError.
+        """
+        blocks = self._by_layer(inputs, targets, check, mend) if self.roads else {}
         if rest := self._rest():
-            values = self._through_the_network(rest, inputs, targets)
-            blocks[NETWORK] = Dense(torch.cat([values[name].flatten(1) for name in rest], dim=1))
+            blocks[NETWORK] = self._dense(rest, self._through_the_network(rest, inputs, targets))
         return Gradients(tuple(blocks.values()), tuple(self._places(name, rest) for name in blocks))
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """name → (k, *shape) becomes (k, p), parameters side by side in the model's order."""
-        return torch.cat([tensors[name].flatten(1) for name in self.params], dim=1)
+        return torch.cat([tensors[name].reshape(len(tensors[name]), -1) for name in self.params], dim=1)
 
     def unflatten(self, matrix: Tensor) -> dict[str, Tensor]:
         """(k, p) becomes name → (k, *shape): the inverse of `flatten`."""
         pieces = matrix.split([param.numel() for param in self.params.values()], dim=1)
-        return {name: piece.unflatten(1, self.params[name].shape) for name, piece in zip(self.params, pieces)}
+        return {name: piece.reshape(-1, *self.params[name].shape) for name, piece in zip(self.params, pieces)}
 
     def prove(self, batches: Sequence[tuple[Inputs, Tensor]]) -> None:
         """Choose each layer's road by comparing with plain autograd, on the first few samples (PROVED) of each batch.
@@ -86,7 +83,7 @@ class GradientMaker:
             for batch, truth in zip(batches, truths):
                 found = self._attempt(*batch)
                 for name in [name for name, chosen in self.roads.items() if chosen is road]:
-                    wanted = torch.cat([truth[param].flatten(1) for param in self._parameters(name)], dim=1)
+                    wanted = self._dense(self._parameters(name), truth).rows
                     if not _close(found.get(name), wanted):
                         del self.roads[name]
             if road is by_rule:
@@ -98,7 +95,7 @@ class GradientMaker:
 
     def _attempt(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """The gradients of the first few samples, (b, q) of every layer whose road serves it at all."""
-        found, calls = {}, self._capture(inputs, targets)
+        found, calls = {}, self.recorder(self.measure, inputs, targets, dict.fromkeys(self.roads, ()))[1]
         for name in self.roads:
             try:
                 with torch.no_grad():
@@ -120,15 +117,29 @@ class GradientMaker:
             return False
         return all(_close(found[name], truth[name]) for name in rest)
 
-    def _by_layer(self, inputs: Inputs, targets: Tensor) -> dict[str, Block]:
-        calls, found = self._capture(inputs, targets), {}
+    def _by_layer(self, inputs: Inputs, targets: Tensor, check: bool, mend: bool) -> dict[str, Block]:
+        own = dict(self.model.named_parameters())
+        owners = {layer: [own[name] for name in self._parameters(layer)] for layer in self.roads}
+        values, calls, sums = self.recorder(self.measure, inputs, targets, owners, check)
+        found = {}
         for name in self.roads:
             try:
                 found[name] = self._block(name, calls.get(name, []), len(targets))
             except Exception as error:
                 kind = type(self.model.get_submodule(name)).__name__
                 raise ValueError(f"layer {name!r} ({kind}): its gradients failed: {error}") from error
-        return found
+        odd = _odd(found, torch.ones_like(values), sums)
+        if check:  # a sum does not see in which order the samples are: another one does, at the price of a pass
+            weights = torch.randn(len(values), generator=torch.Generator().manual_seed(len(values))).to(values)
+            params = [param for layer in owners.values() for param in layer]
+            grads: Sequence[Tensor | None] = [None] * len(params)
+            if values.requires_grad:
+                grads = torch.autograd.grad(values, params, weights, allow_unused=True)
+            odd += _odd(found, weights, flat(owners, grads))
+        if odd and not mend:
+            raise DisagreementError(odd[0])
+        exact = self._in_a_loop([name for layer in {*odd} for name in self._parameters(layer)], inputs, targets)
+        return found | {layer: self._dense(self._parameters(layer), exact) for layer in odd}
 
     def _block(self, name: str, calls: Sequence[Call], samples: int) -> Block:
         """The gradients of a layer, summed over its calls; zero where it was not called."""
@@ -139,57 +150,39 @@ class GradientMaker:
             return Dense(params[0].new_zeros(samples, sum(param.numel() for param in params)).detach())
         return lightest(reduce(lambda a, b: a.add(b), blocks))
 
-    def _capture(self, inputs: Inputs, targets: Tensor) -> dict[str, list[Call]]:
-        """The calls of each layer in one forward pass, with the gradients at their outputs: no weight's is computed."""
-        model, recorded = self._hooked()
-        recorded.clear()
-        with torch.enable_grad():
-            total = self.measure.values(call(model, inputs), targets).sum()
-        chosen = [one for one in recorded if one[0] in self.roads]
-        calls: dict[str, list[Call]] = {}
-        if chosen and total.requires_grad:
-            deltas = torch.autograd.grad(total, [edge for *_, edge in chosen], allow_unused=True)
-            for (name, args, kwargs, _), delta in zip(chosen, deltas):
-                if delta is not None:
-                    calls.setdefault(name, []).append(Call(args, kwargs, delta))
-        recorded.clear()
-        return calls
-
-    def _hooked(self) -> tuple[nn.Module, list[_Recorded]]:
-        """A copy of the model that shares its parameters and records calls: one for each thread of each process."""
-        if not hasattr(self._local, "hooked"):
-            shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-            recorded: list[_Recorded] = []
-            model = copy_of(self.model, shared)
-            for name in self.layers:
-                model.get_submodule(name).register_forward_hook(partial(_record, recorded, name), with_kwargs=True)
-            self._local.hooked = model, recorded
-        return self._local.hooked
-
     def _through_the_network(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """name → (b, *shape): the gradients of the parameters `names`, by differentiating the whole network."""
         if self.looped:
             return self._in_a_loop(names, inputs, targets)
+        model = self.recorder.scratch()
 
         def single(values: dict[str, Tensor], inputs: Inputs, target: Tensor) -> Tensor:
-            outputs = call(self.model, on_tensors(lambda part: part[None], inputs), values)
+            outputs = call(model, on_tensors(lambda part: part[None], inputs), values)
             return self.measure.values(outputs, target[None]).sum()
 
         return vmap(grad(single), in_dims=(None, 0, 0))({n: self.params[n] for n in names}, inputs, targets)
 
     def _in_a_loop(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """The same by plain autograd, one sample after the other: slow, general, and what all else is held against."""
-        own = dict(self.model.named_parameters())
+        if not names:
+            return {}
+        model = self.recorder.scratch()
+        own = dict(model.named_parameters())
         params, rows = [own[name] for name in names], []
         for i in range(len(targets)):
             one = slice(i, i + 1)
             with torch.enable_grad():
-                outputs = call(self.model, on_tensors(partial(torch.narrow, dim=0, start=i, length=1), inputs))
+                outputs = call(model, on_tensors(partial(torch.narrow, dim=0, start=i, length=1), inputs))
                 value = self.measure.values(outputs, targets[one]).sum()
             nothing = [None] * len(params)
             found = torch.autograd.grad(value, params, allow_unused=True) if value.requires_grad else nothing
-            rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, params)])
+            rows.append([torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, params)])
         return {name: torch.stack(column) for name, column in zip(names, zip(*rows))}
+
+    @staticmethod
+    def _dense(names: Sequence[str], values: Mapping[str, Tensor]) -> Dense:
+        """The gradients (b, *shape) of some parameters, side by side."""
+        return Dense(torch.cat([values[name].reshape(len(values[name]), -1) for name in names], dim=1))
 
     def _parameters(self, layer: str) -> list[str]:
         """The full names of the parameters of a layer."""
@@ -217,23 +210,24 @@ def _layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     for module in model.modules():
         for param in module.parameters(recurse=False):
             owners[param] = owners.get(param, 0) + 1
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return found  # what happens inside of it, no hook sees
     for name, layer in model.named_modules():
         own = {n: p for n, p in layer.named_parameters(recurse=False, remove_duplicate=False) if p.requires_grad}
-        scripted = isinstance(layer, torch.jit.ScriptModule)  # what happens inside it, no hook sees
-        if own and not scripted and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
+        if own and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
             found[name] = tuple(own)
     return found
 
 
-def _record(
-    recorded: list[_Recorded], name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> None:
-    if isinstance(out, Tensor) and out.requires_grad:
-        # The edge stands for the output as it is now, whatever an in-place activation does to the tensor afterwards.
-        plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        named = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
-        recorded.append((name, plain, named, get_gradient_edge(out)))
+def _odd(found: Mapping[str, Block], weights: Tensor, wanted: Mapping[str, Tensor]) -> list[str]:
+    """The layers whose gradients do not have the `wanted` sum, weighted by (b,)."""
+    weights = weights.detach()
+    return [
+        layer
+        for layer, block in found.items()
+        if len(block) != len(weights) or not _close(block.weighted(weights[None].to(wanted[layer]))[0], wanted[layer])
+    ]
 
 
 def _first(inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
@@ -244,5 +238,5 @@ def _close(found: Tensor | None, wanted: Tensor) -> bool:
     if found is None or found.shape != wanted.shape:
         return False
     tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-3
-    limit = tolerance * float(wanted.abs().max()) if wanted.numel() else 0.0
+    limit = tolerance * float(wanted.nan_to_num(0, 0, 0).abs().max()) if wanted.numel() else 0.0
     return torch.allclose(found, wanted, rtol=tolerance, atol=limit, equal_nan=True)

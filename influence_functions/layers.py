@@ -73,6 +73,8 @@ def by_rule(layer: nn.Module, names: Sequence[str], call: Call) -> Block:
     if any(name.endswith(COMPUTED) for name in names):
         raise NotImplementedError("its weight is computed from other parameters before each call")
     found = rule(layer, inputs[0], call.deltas)
+    if isinstance(found, Pair | Lookup) and not set(names) <= {"weight", "bias"}:
+        raise NotImplementedError("it has parameters that its type has not")
     if isinstance(found, Pair) and "weight" in names:
         return Pair(found.inputs, found.deltas, "bias" in names)
     if isinstance(found, Pair):
@@ -101,7 +103,7 @@ def _dense(layer: nn.Module, names: Sequence[str], found: Mapping[str, Tensor]) 
         if given is None or tuple(given.shape[1:]) != wanted:
             shape = "nothing" if given is None else f"(b, …) = {tuple(given.shape)}"
             raise ValueError(f"its rule returns {shape} for {name!r}; it must return (b, *{wanted})")
-    return Dense(torch.cat([found[name].flatten(1) for name in names], dim=1))
+    return Dense(torch.cat([found[name].reshape(len(found[name]), -1) for name in names], dim=1))
 
 
 # ── linear maps ─────────────────────────────────────────────────────────────────────────────────────────────────────

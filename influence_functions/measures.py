@@ -16,6 +16,7 @@ A task of your own is one more object:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,7 @@ def as_measure(measure: str | Measure | Values) -> Measure:
         if measure not in MEASURES:
             raise ValueError(f"unknown measure {measure!r}: use one of {', '.join(MEASURES)}, or your own Measure")
         return MEASURES[measure]
-    if not callable(measure):
+    if isinstance(measure, type) or not callable(measure):
         raise ValueError(f"measure must be a name, a Measure or a function (outputs, targets) → (b,), not {measure!r}")
     return Measure(getattr(measure, "__name__", "own"), measure)
 
@@ -69,17 +70,23 @@ def as_measure(measure: str | Measure | Values) -> Measure:
 def check_labels(labels: Tensor, classes: int) -> None:
     """ValueError unless `labels` are whole numbers (n,) in 0..classes − 1."""
     if labels.is_floating_point() or labels.ndim != 1:
-        raise ValueError(f"labels must be whole numbers, one a sample, not {labels.dtype} {tuple(labels.shape)}")
+        hint = "; pass labels.squeeze(1)" if labels.ndim == 2 and labels.shape[1] == 1 else ""
+        raise ValueError(
+            f"labels must be whole numbers, (n,), not {labels.dtype} (n, *{tuple(labels.shape[1:])}){hint}"
+        )
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if low < 0 or high >= classes:
-        raise ValueError(f"labels must lie in 0..{classes - 1}, for {classes} classes (outputs); found {low}..{high}")
+        hint = "; leave samples without a label out" if low < 0 else ""
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1}, for {classes} classes (outputs); found {low}..{high}{hint}"
+        )
 
 
 def _check_classes(outputs: Tensor, targets: Tensor) -> None:
     if outputs.ndim != 2:
         raise ValueError(
             f"the model must return logits (b, C), not {tuple(outputs.shape)}; for numbers, pass "
-            "measure='squared_error' or 'binary', else a measure of your own"
+            "measure='squared_error' or 'binary', for sequences or pixels 'tokens', else a measure of your own"
         )
     if outputs.shape[1] == 1:
         raise ValueError("the model returns one number a sample; pass measure='binary' or 'squared_error'")
@@ -127,11 +134,14 @@ def _like(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check_numbers(outputs: Tensor, targets: Tensor) -> None:
-    wanted, given = outputs[0].numel(), targets[0].numel() if len(targets) else 1
-    if wanted != given:
-        raise ValueError(
-            f"the model returns {wanted} numbers a sample, but each target holds {given}; they must pair up"
-        )
+    if outputs.ndim == 0 or len(outputs) != 1:
+        raise ValueError("for a batch of one sample the model drops the batch axis; let it squeeze(-1), not squeeze()")
+    wanted, given = ([size for size in part.shape[1:] if size > 1] for part in (outputs, targets))
+    if wanted != given and len(targets):
+        counts = math.prod(wanted), math.prod(given)
+        what = f"{counts[0]} numbers" if counts[0] != counts[1] else f"numbers of shape {tuple(outputs.shape[1:])}"
+        held = counts[1] if counts[0] != counts[1] else f"them as {tuple(targets.shape[1:])}"
+        raise ValueError(f"the model returns {what} a sample, but each target holds {held}; they must pair up")
 
 
 def _check_binary(outputs: Tensor, targets: Tensor) -> None:
@@ -184,6 +194,9 @@ def _draw_tokens(ignore_index: int, logits: Tensor, targets: Tensor, uniform: Te
 
 def tokens_measure(ignore_index: int = -100) -> Measure:
     """Cross-entropy in nats of logits (b, t, V) with targets (b, t), summed over the positions that are not ignored.
+
+    Nothing is shifted: for a model that foretells the next token, pass as targets the inputs moved by one, the last
+    position ignored. A class for each pixel is this measure after logits.flatten(2).mT and labels.flatten(1).
 
     >>> tokens_measure(ignore_index=0).name
     'tokens'

@@ -25,7 +25,11 @@ def private_copy(model: nn.Module, device: torch.device) -> nn.Module:
         raise ValueError(f"model must be an nn.Module, not {type(model).__name__}")
     while isinstance(model, WRAPPERS):
         model = model.module
-    private = copy_of(model).to(device).eval()
+    private = copy_of(model).to(device)
+    private.eval()  # not chained: a model's own train() may return nothing
+    for param in private.parameters():
+        if not param.is_leaf:  # torch copies the weights of a scripted model as computed from the original's
+            param.detach_().requires_grad_()
     params = [param for param in private.parameters() if param.requires_grad]
     if not params:
         raise ValueError("the model has no trainable parameter (requires_grad); influence is about trained parameters")

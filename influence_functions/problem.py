@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ._support import NonFiniteError, free_bytes, pick_device
-from .data import Inputs, Source, as_source, call, moved, shapes, tensors_of
-from .gradients import PROVED, GradientMaker
+from .data import Inputs, Source, as_source, call, moved
+from .gradients import PROVED, DisagreementError, GradientMaker
 from .measures import Measure, as_measure
 from .private import private_copy
 from .settings import InfluenceSettings
 from .stack import Gradients
+from .verify import check_measure, check_own, try_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,10 @@ class Problem:
         """
         cure = f"samples below {len(self.sample)}, a model with frozen layers, or solver='cg'"
         self.check_memory(len(self.sample), f"of the {len(self.sample)} samples of the curvature", cure)
-        return Gradients.join([self.maker(*batch) for batch in self._drawn_batches()])
+        with self.told("training", self.sample):
+            found = Gradients.join([self.maker(*batch) for batch in self._drawn_batches()])
+        self.check_finite(found, "training")
+        return found
 
     @cached_property
     def damping(self) -> float:
@@ -113,16 +118,39 @@ class Problem:
         """The samples at `indices`, a chunk at a time."""
         return (self.batch(source, chosen) for chosen in indices.split(self.settings.chunk))
 
+    def made(
+        self, source: Source, chosen: Tensor, role: str, check: bool = True, mend: bool = True
+    ) -> tuple[Gradients, Tensor]:
+        """The gradients at one chunk of samples, and their targets; see `GradientMaker`."""
+        inputs, targets = self.batch(source, chosen)
+        with self.told(role, chosen):
+            return self.maker(inputs, targets, check, mend), targets
+
     def gradients(self, source: Source, indices: Tensor, role: str = "test") -> tuple[Gradients, Tensor]:
         """The gradients at the samples at `indices`, checked, and their targets (k, …)."""
         self.check_memory(len(indices), f"of {len(indices)} {role} samples", "fewer of them at once")
-        parts = [(self.maker(*batch), batch[1]) for batch in self.batches(source, indices)]
+        parts = [self.made(source, chosen, role) for chosen in indices.split(self.settings.chunk)]
         gradients = Gradients.join([part for part, _ in parts])
+        self.check_finite(gradients, role)
+        return gradients, join_targets([targets for _, targets in parts])
+
+    def check_finite(self, gradients: Gradients, role: str) -> None:
+        """NonFiniteError where a gradient is not made of numbers."""
         if not torch.isfinite(gradients.squares()).all():
             raise NonFiniteError(
                 f"the gradient of a {role} sample is NaN or infinite; check the model and the sample's values"
             )
-        return gradients, join_targets([targets for _, targets in parts])
+
+    @contextlib.contextmanager
+    def told(self, role: str, chosen: Tensor) -> Iterator[None]:
+        """Whatever the caller's model raises becomes a ValueError that names the samples."""
+        try:
+            yield
+        except (ValueError, DisagreementError):
+            raise
+        except Exception as error:
+            samples = f"{int(chosen[0])}..{int(chosen[-1])}"
+            raise ValueError(f"the model refuses {role} samples {samples}: {error}") from error
 
     def check_memory(self, count: int, whose: str, cure: str) -> None:
         """ValueError where the gradients of so many samples, and a copy while they are joined, find no room."""
@@ -136,7 +164,7 @@ class Problem:
         """Errors that say what is wrong with the choice of test samples, or with the samples."""
         if len(indices) == 0:
             raise ValueError("no sample chosen: the indices are empty")
-        _try_model(self.maker, source, int(indices[0]), "test")
+        try_model(self.maker, source, int(indices[0]), "test")
 
 
 def join_targets(parts: list[Tensor]) -> Tensor:
@@ -148,41 +176,20 @@ def join_targets(parts: list[Tensor]) -> Tensor:
 
 def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> Problem:
     """Copy the model (so that the caller's is never touched), move it, and prove its roads on training samples."""
-    private, measure = private_copy(model, pick_device(settings.device)), as_measure(settings.measure)
-    source, maker = as_source(train, "train"), GradientMaker(private, measure)
-    problem = Problem(maker, source, settings, _try_model(maker, source, 0, "train"))
-    few, chunk = problem.proof()
-    _check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
-    maker.prove([problem.batch(source, few), problem.batch(source, few.flip(0)), problem.batch(source, chunk)])
+    device, source = pick_device(settings.device), as_source(train, "train")
+    private = private_copy(model, device)
+    maker = GradientMaker(private, as_measure(settings.measure))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a model that draws numbers leaves no trace
+        with torch.enable_grad():
+            check_own(private, model, source)
+        problem = Problem(maker, source, settings, try_model(maker, source, 0, "train"))
+        few, chunk = problem.proof()
+        with problem.told("training", chunk):
+            _prove(problem, few, chunk)
     return problem
 
 
-def _check_measure(maker: GradientMaker, inputs: Inputs, targets: Tensor) -> None:
-    """ValueError unless the measure gives two samples a number each, not one for both."""
-    with torch.no_grad():
-        values = maker.measure.values(call(maker.model, inputs), targets)
-    if not isinstance(values, Tensor) or values.shape != (2,):
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"measure {maker.measure.name!r} must return one number a sample, (2,) for two, not {shape}; for a loss "
-            "of torch, pass reduction='none', and sum over what belongs to one sample"
-        )
-
-
-def _try_model(maker: GradientMaker, source: Source, index: int, role: str) -> Tensor:
-    """Outputs (1, …) for one sample, with the errors a caller can act on when sample and model do not fit."""
-    inputs, targets = source.batch(torch.tensor([index]))
-    inputs = moved(inputs, next(iter(maker.params.values())))
-    try:
-        with torch.no_grad():
-            outputs = call(maker.model, inputs)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever the caller's model raises
-        hint = "; of each sample, all parts but the last, the target, are inputs" if isinstance(inputs, tuple) else ""
-        raise ValueError(f"{role}: the model refuses inputs of shape {shapes(inputs)}{hint}: {error}") from error
-    maker.measure.check(outputs, targets)
-    finite = all(torch.isfinite(part).all() for part in tensors_of(inputs))
-    if finite and not torch.isfinite(outputs).all():
-        raise NonFiniteError(f"{role}: the model returns NaN or infinity for sample {index}; train it again")
-    return outputs
+def _prove(problem: Problem, few: Tensor, chunk: Tensor) -> None:
+    source, maker = problem.train, problem.maker
+    check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
+    maker.prove([problem.batch(source, few), problem.batch(source, few.flip(0)), problem.batch(source, chunk)])

@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
 
-from ._support import Indices, NonFiniteError, as_indices, in_parallel
+from ._support import Indices, as_indices, plain_torch
 from .data import Source, as_source
-from .problem import Problem, join_targets, make_problem
+from .problem import make_problem
 from .results import Influences
+from .scoring import score_training
 from .settings import InfluenceSettings
-from .solvers import Health, Solved, prepare
+from .solvers import Health, prepare
 from .stack import Gradients
 
 Models = nn.Module | Sequence[nn.Module]
-
-
-@dataclass(frozen=True, eq=False)
-class _Scoring:
-    """Indices (b,) → scores (m, b) of these training samples by each of several solutions, and their targets."""
-
-    problem: Problem
-    solved: tuple[Solved, ...]
-
-    def __call__(self, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
-        inputs, targets = self.problem.batch(self.problem.train, chosen)
-        gradients = self.problem.maker(inputs, targets)
-        return [one.scores(gradients).cpu() for one in self.solved], targets.cpu()
-
-
-def score_training(problem: Problem, solved: Sequence[Solved]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-    """(m, n) influences by each of the solutions, in one pass over the training data, and its targets (n, …)."""
-    settings, everything = problem.settings, torch.arange(problem.train.size)
-    chunk = min(settings.chunk, problem.train.size)
-    problem.check_memory(chunk, f"of a chunk of {chunk} samples", f"chunk below {chunk}")
-    # Each its own copy: a part of a tensor travels to another process with all of it.
-    chunks = (chosen.clone() for chosen in everything.split(settings.chunk))
-    parts = in_parallel(_Scoring(problem, tuple(solved)), chunks, settings.jobs)
-    count = math.ceil(problem.train.size / settings.chunk)
-    shown = tqdm(parts, total=count, desc="scoring", unit="chunk", leave=False, disable=not settings.progress)
-    found, targets = zip(*shown)
-    return [join_scores(column) for column in zip(*found)], join_targets(list(targets)).numpy()
-
-
-def join_scores(parts: Sequence[Tensor]) -> NDArray[Any]:
-    """(m, n) influences from the products of chunks (m, b) of training gradients; NonFiniteError names a bad sample."""
-    products = torch.cat(list(parts), dim=1)
-    scores = products / products.shape[1]
-    if not torch.isfinite(scores).all():
-        first = int((~torch.isfinite(scores)).any(0).nonzero()[0])
-        raise NonFiniteError(
-            f"the score of training sample {first} is NaN or infinite; check its values, raise damping"
-        )
-    return scores.cpu().numpy()
 
 
 def _models(model: Models) -> list[nn.Module]:
@@ -72,6 +31,12 @@ def _models(model: Models) -> list[nn.Module]:
     if not found or not all(isinstance(one, nn.Module) for one in found):
         raise ValueError("model must be an nn.Module, or a sequence of at least one to average over")
     return found
+
+
+def _settings(settings: InfluenceSettings | None, changes: Mapping[str, Any]) -> InfluenceSettings:
+    if settings is not None and not isinstance(settings, InfluenceSettings):
+        raise ValueError(f"settings must be InfluenceSettings(…), not {type(settings).__name__}; or name single ones")
+    return (settings or InfluenceSettings()).changed(changes)
 
 
 def _indices(chosen: Indices | None, source: Source, role: str) -> Tensor:
@@ -114,6 +79,7 @@ def _mean_health(each: Sequence[Health]) -> Health:
     )
 
 
+@plain_torch()
 def compute_influences(
     model: Models,
     train: Any,
@@ -140,18 +106,19 @@ def compute_influences(
     >>> found.scores.shape, found.health.solver, len(found.helpful(0, k=5))
     ((2, 60), 'kernel', 5)
     """
-    chosen, source = (settings or InfluenceSettings()).changed(changes), as_source(test, "test")
+    chosen, source = _settings(settings, changes), as_source(test, "test")
     indices = _indices(test_indices, source, "test")
     each = [_sweep(one, train, source, indices, chosen, [1.0])[0] for one in _models(model)]
     mean = np.mean([one.scores for one in each], axis=0) if len(each) > 1 else each[0].scores
     return dataclasses.replace(each[0], scores=mean, health=_mean_health([one.health for one in each]))
 
 
+@plain_torch()
 def sweep_damping(
     model: nn.Module,
     train: Any,
     test: Any,
-    factors: Sequence[float],
+    factors: Iterable[float],
     settings: InfluenceSettings | None = None,
     **changes: Any,
 ) -> dict[float, Influences]:
@@ -164,13 +131,15 @@ def sweep_damping(
     >>> round(found[10].health.damping / found[0.1].health.damping)
     100
     """
-    if not factors or min(factors) <= 0:
-        raise ValueError(f"factors must be positive multiples of the damping, at least one, not {list(factors)}")
+    wanted = [float(factor) for factor in factors]
+    if not wanted or not min(wanted) > 0:
+        raise ValueError(f"factors must be positive multiples of the damping, at least one, not {wanted}")
     source = as_source(test, "test")
-    chosen = (settings or InfluenceSettings()).changed(changes)
-    return dict(zip(factors, _sweep(model, train, source, torch.arange(source.size), chosen, factors)))
+    chosen = _settings(settings, changes)
+    return dict(zip(wanted, _sweep(model, train, source, torch.arange(source.size), chosen, wanted)))
 
 
+@plain_torch()
 def mean_influences(
     model: Models, train: Any, test: Any, settings: InfluenceSettings | None = None, **changes: Any
 ) -> NDArray[Any]:
@@ -183,7 +152,7 @@ def mean_influences(
     >>> mean_influences(nn.Linear(4, 3), (points, classes), (points, classes)).shape
     (60,)
     """
-    chosen, source = (settings or InfluenceSettings()).changed(changes), as_source(test, "test")
+    chosen, source = _settings(settings, changes), as_source(test, "test")
     return np.mean([_mean_of_one(one, train, source, chosen) for one in _models(model)], axis=0)
 
 
@@ -200,6 +169,7 @@ def _mean_of_one(model: nn.Module, train: Any, test: Source, settings: Influence
     return score_training(problem, [solved])[0][0][0]
 
 
+@plain_torch()
 def self_influences(
     model: Models, train: Any, indices: Indices | None = None, settings: InfluenceSettings | None = None, **changes: Any
 ) -> NDArray[Any]:
@@ -212,7 +182,7 @@ def self_influences(
     >>> bool((self_influences(nn.Linear(4, 3), (points, classes)) >= 0).all())
     True
     """
-    chosen = (settings or InfluenceSettings()).changed(changes)
+    chosen = _settings(settings, changes)
     return np.mean([np.concatenate([*_own(one, train, indices, chosen)]) for one in _models(model)], axis=0)
 
 

@@ -81,6 +81,8 @@ class InfluenceSettings:
         for name in ("samples", "iterations", "batch_size", "repeats", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
         if self.jobs == 0:
             raise ValueError("jobs must be a number of workers, or −1 for all cores, not 0")
 

@@ -18,7 +18,8 @@ def loop_gradients(
     model: nn.Module, images: Tensor, labels: Tensor, measure: Values = MEASURES["loss"].values
 ) -> Tensor:
     """(b, p) by plain autograd, one sample after the other: slow, and independent of torch.func."""
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model)
+    model.eval()
     params = [param for param in model.parameters() if param.requires_grad]
     rows = []
     for image, label in zip(images, labels):

@@ -21,15 +21,15 @@ from influence_functions import InfluenceSettings, Measure, compute_influences, 
 from influence_functions.data import Source
 from influence_functions.layers import RULES
 from influence_functions.problem import make_problem
-from influence_functions.scores import _Scoring
+from influence_functions.scoring import _Scoring
 from influence_functions.solvers import prepare
 
 PACKAGE = Path(__file__).resolve().parent.parent / "influence_functions"
 FROM_THE_GROUND_UP = (
-    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "private", "gradients", "problem",
-    "curvature", "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa", "solvers.identity", "solvers",
-    "results", "scores", "metrics", "exact", "compat.config", "compat.log", "compat.checks", "compat.original",
-    "compat.files", "compat.kept", "compat.run", "compat", "",
+    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "private", "hooks", "gradients",
+    "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa",
+    "solvers.identity", "solvers", "scoring", "results", "scores", "metrics", "exact", "compat.config", "compat.log",
+    "compat.checks", "compat.original", "compat.files", "compat.kept", "compat.run", "compat", "",
 )  # fmt: skip
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .._support import CorruptFileError, atomic_path, in_parallel
 from ..data import Source, as_source, checksum
 from ..problem import Problem, make_problem
-from ..scores import join_scores, score_training
+from ..scoring import join_scores, score_training
 from ..settings import InfluenceSettings
 from ..solvers import Directions, Health, Prepared, prepare
 from .checks import choose_tests, keep_previous, model_checksum

@@ -1,0 +1,81 @@
+"""What must hold of a model, its measure and its data before there is any influence to speak of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._support import NonFiniteError
+from .data import Inputs, Source, call, moved, on_tensors, shapes, tensors_of
+from .gradients import GradientMaker
+
+
+def check_measure(maker: GradientMaker, inputs: Inputs, targets: Tensor) -> None:
+    """ValueError unless the measure gives each of two samples a number that is its own, and the same each time."""
+
+    def values(inputs: Inputs, targets: Tensor) -> Tensor:
+        return maker.measure.values(call(maker.recorder.scratch(), inputs), targets)
+
+    def single(i: int) -> Tensor:
+        return values(on_tensors(lambda part: part[i : i + 1], inputs), targets[i : i + 1])
+
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            both, again = values(inputs, targets), values(inputs, targets)
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise ValueError(f"measure {maker.measure.name!r} fails on two samples: {error}") from error
+        if not isinstance(both, Tensor) or both.shape != (2,):
+            shape = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
+            raise ValueError(
+                f"measure {maker.measure.name!r} must return one number a sample, (2,) for two, not {shape}; for a "
+                "loss of torch, pass reduction='none', and sum over what belongs to one sample"
+            )
+        alone = torch.cat([single(0), single(1)])
+    if not torch.allclose(both, again, 1e-3, 1e-5, equal_nan=True):
+        raise ValueError("the model gives other outputs each time, even in eval mode; F.dropout needs training=False")
+    if not torch.allclose(both, alone, 1e-2, 1e-4, equal_nan=True):
+        raise ValueError("what the model says of a sample depends on the others in its batch, so none has an influence")
+
+
+def check_own(private: nn.Module, model: nn.Module, source: Source) -> None:
+    """ValueError where the copy's forward runs parts of the caller's own model, by a function that holds on to it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # so that they do not change on this occasion
+    try:
+        outputs = call(private, moved(source.batch(torch.tensor([0]))[0], next(private.parameters())))
+    except Exception:  # told better by `try_model`
+        return
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    theirs = {id(param): param for param in model.parameters()}  # held, or another could get the same id
+    seen, nodes = set(), [outputs.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            if id(getattr(node, "variable", None)) in theirs:
+                raise ValueError(
+                    "the model's forward uses the original through a function that cannot be copied, such as a lambda "
+                    "over self; make it a method"
+                )
+
+
+def try_model(maker: GradientMaker, source: Source, index: int, role: str) -> Tensor:
+    """Outputs (1, …) for one sample, with the errors a caller can act on when sample and model do not fit."""
+    inputs, targets = source.batch(torch.tensor([index]))
+    inputs = moved(inputs, next(iter(maker.params.values())))
+    try:
+        with torch.no_grad():
+            outputs = call(maker.model, inputs)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the caller's model raises
+        hint = "; of each sample, all parts but the last, the target, are inputs" if isinstance(inputs, tuple) else ""
+        hint = "; a dict is passed as model(**dict), without the labels" if isinstance(inputs, dict) else hint
+        raise ValueError(f"{role}: the model refuses inputs of shape {shapes(inputs)}{hint}: {error}") from error
+    maker.measure.check(outputs, targets)
+    finite = all(torch.isfinite(part).all() for part in tensors_of(inputs))
+    if finite and torch.isnan(outputs).any():
+        raise NonFiniteError(f"{role}: the model returns NaN or infinity for sample {index}; train it again")
+    return outputs
