@@ -108,9 +108,12 @@ class Problem:
             yield inputs, targets
 
     def batch(self, source: Source, chosen: Tensor) -> tuple[Inputs, Tensor]:
+        """The samples at `chosen`, fitted."""
+        return self.fitted(*source.batch(chosen))
+
+    def fitted(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
         """Checked samples on the model's device, numbers with a point in the model's type."""
         like = next(iter(self.maker.params.values()))
-        inputs, targets = source.batch(chosen)
         self.measure.check(self.outputs, targets)
         return moved(inputs, like), targets.to(like.device, None if targets.is_floating_point() else torch.long)
 
@@ -118,18 +121,14 @@ class Problem:
         """The samples at `indices`, a chunk at a time."""
         return (self.batch(source, chosen) for chosen in indices.split(self.settings.chunk))
 
-    def made(
-        self, source: Source, chosen: Tensor, role: str, check: bool = True, mend: bool = True
-    ) -> tuple[Gradients, Tensor]:
-        """The gradients at one chunk of samples, and their targets; see `GradientMaker`."""
-        inputs, targets = self.batch(source, chosen)
-        with self.told(role, chosen):
-            return self.maker(inputs, targets, check, mend), targets
-
     def gradients(self, source: Source, indices: Tensor, role: str = "test") -> tuple[Gradients, Tensor]:
         """The gradients at the samples at `indices`, checked, and their targets (k, …)."""
         self.check_memory(len(indices), f"of {len(indices)} {role} samples", "fewer of them at once")
-        parts = [self.made(source, chosen, role) for chosen in indices.split(self.settings.chunk)]
+        parts = []
+        for chosen in indices.split(self.settings.chunk):
+            with self.told(role, chosen):
+                inputs, targets = self.batch(source, chosen)
+                parts.append((self.maker(inputs, targets), targets))
         gradients = Gradients.join([part for part, _ in parts])
         self.check_finite(gradients, role)
         return gradients, join_targets([targets for _, targets in parts])

@@ -22,7 +22,8 @@ class Influences:
     """Scores (m, n), positive = helpful; nats for a loss, for another measure sign and rank; who, how and how well.
 
     test_indices (m,): whole numbers; test_labels (m, …) and train_labels (n, …): the targets as given (−1 where their
-    shape differs from sample to sample). Column j is training sample j.
+    shape differs from sample to sample). Column j is training sample j. members: the health of each of several models,
+    whose scores these are the average of; `health` sums them up.
 
     >>> found = Influences(np.array([[0.5, -1.0, 2.0]]), np.array([7]), np.array([0]), np.array([0, 1, 0]), {},
     ...                    Health("kernel", 0.0, 0.1))
@@ -36,6 +37,7 @@ class Influences:
     train_labels: NDArray[Any]
     settings: dict[str, Any]
     health: Health
+    members: tuple[Health, ...] = ()
 
     def helpful(self, i: int, k: int = 5) -> NDArray[np.int64]:
         """(k,) training indices with the largest scores for row i, the most helpful first; ties by index."""
@@ -79,7 +81,8 @@ class Influences:
 
     def save(self, path: str | Path) -> None:
         """Write a compressed .npz without pickled objects; settings and health ride along as JSON."""
-        about = json.dumps({"settings": self.settings, "health": asdict(self.health)})
+        members = [asdict(one) for one in self.members]
+        about = json.dumps({"settings": self.settings, "health": asdict(self.health), "members": members})
         arrays = {name: getattr(self, name) for name in ("scores", "test_indices", "test_labels", "train_labels")}
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, about=np.array(about), **arrays)
@@ -96,9 +99,11 @@ class Influences:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(str(arrays.pop("about")))
-            health = about["health"]
-            health["slow_layers"] = tuple(health.get("slow_layers", ()))
-            return cls(**arrays, settings=about["settings"], health=Health(**health))
+            health, *members = (
+                Health(**one | {"slow_layers": tuple(one["slow_layers"])})
+                for one in (about["health"], *about.get("members", ()))
+            )
+            return cls(**arrays, settings=about["settings"], health=health, members=tuple(members))
         except Exception as error:  # zipfile, zlib, numpy and json each have their own ways to say "damaged"
             raise CorruptFileError(
                 f"{path} is damaged or not from Influences.save ({error}); compute it again"

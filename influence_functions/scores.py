@@ -6,6 +6,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from ._support import Indices, as_indices, plain_torch
 from .data import Source, as_source
-from .problem import make_problem
+from .problem import Problem, make_problem
 from .results import Influences
-from .scoring import score_training
+from .scoring import Member, score_training
 from .settings import InfluenceSettings
-from .solvers import Health, prepare
+from .solvers import Health, Solved, prepare
 from .stack import Gradients
 
 Models = nn.Module | Sequence[nn.Module]
@@ -43,26 +44,64 @@ def _indices(chosen: Indices | None, source: Source, role: str) -> Tensor:
     return torch.arange(source.size) if chosen is None else as_indices(chosen, source.size, role)
 
 
-def _sweep(model: nn.Module, train: Any, test: Source, indices: Tensor, settings: InfluenceSettings,
-           factors: Sequence[float]) -> list[Influences]:  # fmt: skip
-    """The influences of one model at each multiple of its damping; the data is read once for all of them."""
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """One model with its solutions for some test samples."""
+
+    problem: Problem
+    solved: list[Solved]
+    labels: Tensor
+    seconds: float
+
+    @classmethod
+    def solve(cls, model: nn.Module, train: Source, test: Source, indices: Tensor, settings: InfluenceSettings,
+              factors: Sequence[float]) -> _Member:  # fmt: skip
+        """At each multiple of the model's damping."""
+        start = time.perf_counter()
+        problem = make_problem(model, train, settings)
+        problem.check_tests(test, indices)
+        prepared = prepare(problem)
+        gradients, labels = problem.gradients(test, indices)
+        solved = [prepared.solve(gradients, factor * problem.damping) for factor in factors]
+        return cls(problem, solved, labels, time.perf_counter() - start)
+
+
+def _influences(models: Sequence[nn.Module], train: Any, test: Source, indices: Tensor, settings: InfluenceSettings,
+                factors: Sequence[float]) -> list[Influences]:  # fmt: skip
+    """The mean influences of the models at each multiple of their damping; the data is read once for all of them."""
+    source = as_source(train, "train")
+    members = [_Member.solve(model, source, test, indices, settings, factors) for model in models]
     start = time.perf_counter()
-    problem = make_problem(model, train, settings)
-    problem.check_tests(test, indices)
-    prepared = prepare(problem)
-    gradients, labels = problem.gradients(test, indices)
-    solved = [prepared.solve(gradients, factor * problem.damping) for factor in factors]
-    middle = time.perf_counter()
-    scores, train_labels = score_training(problem, solved)
-    times = {"seconds_solve": middle - start, "seconds_score": time.perf_counter() - middle}
-    about: dict[str, Any] = {**times, "slow_layers": problem.maker.slow_layers}
-    return [
-        Influences(
-            found, indices.numpy(), labels.numpy(), train_labels, settings.describe(),
-            dataclasses.replace(one.health, **about),
-        )
-        for found, one in zip(scores, solved)
-    ]  # fmt: skip
+    scores, train_labels = score_training([(one.problem, one.solved) for one in members])
+    seconds = (time.perf_counter() - start) / len(members)
+    about, found = settings.describe() | {"models": len(members)}, []
+    for k in range(len(factors)):
+        each = tuple(
+            dataclasses.replace(
+                one.solved[k].health, seconds_solve=one.seconds, seconds_score=seconds,
+                slow_layers=one.problem.maker.slow_layers,
+            )
+            for one in members
+        )  # fmt: skip
+        mean = average([of_member[k] for of_member in scores], settings.average)
+        labels = members[0].labels.numpy()
+        found.append(Influences(mean, indices.numpy(), labels, train_labels, about, _mean_health(each), each))
+    return found
+
+
+def average(each: Sequence[NDArray[Any]], how: str = "spread") -> NDArray[Any]:
+    """The mean of several models' scores (m, n), one scale for all or as they are: see `InfluenceSettings.average`.
+
+    >>> average([np.array([[1.0, 3.0]]), np.array([[10.0, -10.0]])])  # standard deviations 1 and 10, mean 5.5
+    array([[5.5, 5.5]])
+    """
+    if len(each) == 1:
+        return each[0]
+    if how == "plain":
+        return np.mean(each, axis=0)
+    spreads = np.stack([scores.std(axis=1, keepdims=True) for scores in each])
+    unit = spreads.mean(axis=0)
+    return np.mean([scores * (unit / np.where(own > 0, own, 1)) for scores, own in zip(each, spreads)], axis=0)
 
 
 def _mean_health(each: Sequence[Health]) -> Health:
@@ -90,7 +129,9 @@ def compute_influences(
 ) -> Influences:
     """Influence of every training sample on the chosen test samples (all of them by default); positive = helpful.
 
-    model: any nn.Module, or several, whose scores are averaged: steadier, and nearer to what retraining does.
+    model: any nn.Module, or several, such as the checkpoints of one training or several trainings, whose scores are
+    averaged (see `InfluenceSettings.average`): steadier, and nearer to what retraining does. They may be of different
+    architecture. The training data is read once for all of them.
     train, test: tensors (inputs, targets), where inputs may also be a tuple or dict of tensors, for model(x), model(*x)
     or model(**x); a map-style data set, a DataLoader of one, or a `Source`.
     settings, changes: an `InfluenceSettings`, and single settings to change in it, as in `solver="cg"`.
@@ -108,14 +149,12 @@ def compute_influences(
     """
     chosen, source = _settings(settings, changes), as_source(test, "test")
     indices = _indices(test_indices, source, "test")
-    each = [_sweep(one, train, source, indices, chosen, [1.0])[0] for one in _models(model)]
-    mean = np.mean([one.scores for one in each], axis=0) if len(each) > 1 else each[0].scores
-    return dataclasses.replace(each[0], scores=mean, health=_mean_health([one.health for one in each]))
+    return _influences(_models(model), train, source, indices, chosen, [1.0])[0]
 
 
 @plain_torch()
 def sweep_damping(
-    model: nn.Module,
+    model: Models,
     train: Any,
     test: Any,
     factors: Iterable[float],
@@ -136,7 +175,7 @@ def sweep_damping(
         raise ValueError(f"factors must be positive multiples of the damping, at least one, not {wanted}")
     source = as_source(test, "test")
     chosen = _settings(settings, changes)
-    return dict(zip(wanted, _sweep(model, train, source, torch.arange(source.size), chosen, wanted)))
+    return dict(zip(wanted, _influences(_models(model), train, source, torch.arange(source.size), chosen, wanted)))
 
 
 @plain_torch()
@@ -153,10 +192,12 @@ def mean_influences(
     (60,)
     """
     chosen, source = _settings(settings, changes), as_source(test, "test")
-    return np.mean([_mean_of_one(one, train, source, chosen) for one in _models(model)], axis=0)
+    data = as_source(train, "train")
+    members = [_solved_for_the_mean(one, data, source, chosen) for one in _models(model)]
+    return average([of_member[0] for of_member in score_training(members)[0]], chosen.average)[0]
 
 
-def _mean_of_one(model: nn.Module, train: Any, test: Source, settings: InfluenceSettings) -> NDArray[Any]:
+def _solved_for_the_mean(model: nn.Module, train: Source, test: Source, settings: InfluenceSettings) -> Member:
     problem, everything = make_problem(model, train, settings), torch.arange(test.size)
     problem.check_tests(test, everything)
     ones = next(iter(problem.maker.params.values())).new_ones(1, settings.chunk)
@@ -166,7 +207,7 @@ def _mean_of_one(model: nn.Module, train: Any, test: Source, settings: Influence
         total = total + gradients.weighted(ones[:, : len(gradients)])
     solved = prepare(problem).solve(gradients.like(torch.as_tensor(total) / test.size))
     _warn_unless_converged(solved.health)
-    return score_training(problem, [solved])[0][0][0]
+    return problem, [solved]
 
 
 @plain_torch()
@@ -176,6 +217,7 @@ def self_influences(
     """(k,) influence of each training sample on itself, ∇L(z)ᵀ(H + λI)⁻¹∇L(z)/n ≥ 0; large = hard to do without.
 
     The diagonal of `compute_influences(model, train, train)` without the rest of that matrix. Koh & Liang 2017, 5.4.
+    Of several models, the plain mean.
     Arguments and errors as in `compute_influences`.
 
     >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3

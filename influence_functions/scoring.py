@@ -20,42 +20,51 @@ from .solvers import Solved
 CHECK_EVERY = 8  # chunks of training samples, of which one is held against autograd
 
 
+Member = tuple[Problem, Sequence[Solved]]
+"""One model with the training data, and solutions for it."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Scoring:
-    """Indices (b,) → scores (m, b) of these training samples by each of several solutions, and their targets.
+    """Indices (b,) → for each member the scores (m, b) by each of its solutions, and the targets; read once for all.
 
     Gradients are held against autograd in every chunk if told `always`, else in one of `CHECK_EVERY`, where a
     disagreement is an error: then all have to be looked at.
     """
 
-    problem: Problem
-    solved: tuple[Solved, ...]
+    members: tuple[Member, ...]
     always: bool = False
 
-    def __call__(self, chosen: Tensor) -> tuple[list[Tensor], Tensor]:
-        problem, first, last = self.problem, int(chosen[0]), int(chosen[-1])
-        check = self.always or first // problem.settings.chunk % CHECK_EVERY == 0 or last == problem.train.size - 1
-        gradients, targets = problem.made(problem.train, chosen, "training", check, self.always)
-        return [one.scores(gradients).cpu() for one in self.solved], targets.cpu()
+    def __call__(self, chosen: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+        train, settings = self.members[0][0].train, self.members[0][0].settings
+        last = int(chosen[-1]) == train.size - 1
+        check = self.always or last or int(chosen[0]) // settings.chunk % CHECK_EVERY == 0
+        raw, found = train.batch(chosen), []
+        for problem, solved in self.members:
+            with problem.told("training", chosen):
+                gradients = problem.maker(*problem.fitted(*raw), check, self.always)
+            found.append([one.scores(gradients).cpu() for one in solved])
+        return found, raw[1].cpu()
 
 
-def score_training(
-    problem: Problem, solved: Sequence[Solved], always: bool = False
-) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-    """(m, n) influences by each of the solutions, in one pass over the training data, and its targets (n, …)."""
+def score_training(members: Sequence[Member], always: bool = False) -> tuple[list[list[NDArray[Any]]], NDArray[Any]]:
+    """For each member, (m, n) influences by each of its solutions, in one pass over the data, and targets (n, …)."""
+    problem = members[0][0]
     settings, everything = problem.settings, torch.arange(problem.train.size)
     chunk = min(settings.chunk, problem.train.size)
-    problem.check_memory(chunk, f"of a chunk of {chunk} samples", f"chunk below {chunk}")
+    for each, _ in members:
+        each.check_memory(chunk, f"of a chunk of {chunk} samples", f"chunk below {chunk}")
     # Each its own copy: a part of a tensor travels to another process with all of it.
     chunks = (chosen.clone() for chosen in everything.split(settings.chunk))
-    parts = in_parallel(_Scoring(problem, tuple(solved), always), chunks, settings.jobs)
+    parts = in_parallel(_Scoring(tuple(members), always), chunks, settings.jobs)
     count = math.ceil(problem.train.size / settings.chunk)
     shown = tqdm(parts, total=count, desc="scoring", unit="chunk", leave=False, disable=not settings.progress)
     try:
         found, targets = zip(*shown)
     except DisagreementError:
-        return score_training(problem, solved, always=True)
-    return [join_scores(column) for column in zip(*found)], join_targets(list(targets)).numpy()
+        return score_training(members, always=True)
+    scores = [[join_scores(column) for column in zip(*of_member)] for of_member in zip(*found)]
+    return scores, join_targets(list(targets)).numpy()
 
 
 def join_scores(parts: Sequence[Tensor]) -> NDArray[Any]:

@@ -45,6 +45,8 @@ class InfluenceSettings:
     tolerance   of "cg": relative residual at which it stops;  iterations: of "cg" at most, the depth of "lissa"
     batch_size, scale, repeats   of "lissa": samples a step, divisor (None: from the largest eigenvalue), averaged runs
     chunk       training samples scored at a time; jobs: joblib workers; device: "auto", "cpu", "cuda" or "mps"
+    average     how the scores of several models are averaged: "spread" gives each model's row the same standard
+                deviation first, their mean one, so that no model outweighs the others; "plain" takes them as they are
     seed        of everything that is sampled;  progress: show a bar on the terminal
 
     >>> InfluenceSettings(damping=-1.0)
@@ -65,6 +67,7 @@ class InfluenceSettings:
     chunk: int = 250
     jobs: int = 1
     device: str = "auto"
+    average: str = "spread"
     seed: int = 0
     progress: bool = False
 
@@ -74,6 +77,8 @@ class InfluenceSettings:
             object.__setattr__(self, name, _plain(name, getattr(self, name), kind))
         if self.curvature not in ("gauss_newton", "hessian"):
             raise ValueError(f"unknown curvature {self.curvature!r}: use one of gauss_newton, hessian")
+        if self.average not in ("spread", "plain"):
+            raise ValueError(f"unknown average {self.average!r}: use one of spread, plain")
         for name in ("damping", "scale", "tolerance"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):

@@ -229,7 +229,7 @@ def test_what_scores_a_chunk_travels_without_what_was_computed_on_the_way():
     problem = make_problem(nn.Linear(4, 3), data, InfluenceSettings(device="cpu", samples=20))
     solved = prepare(problem).solve(problem.gradients(data, torch.arange(2))[0])
     assert "sampled" in problem.__dict__
-    again = cloudpickle.loads(cloudpickle.dumps(_Scoring(problem, (solved,))))
-    assert "sampled" not in again.problem.__dict__
+    again = cloudpickle.loads(cloudpickle.dumps(_Scoring(((problem, (solved,)),))))
+    assert "sampled" not in again.members[0][0].__dict__
     chosen = torch.arange(7)
-    assert torch.equal(again(chosen)[0][0], _Scoring(problem, (solved,))(chosen)[0][0])
+    assert torch.equal(again(chosen)[0][0][0], _Scoring(((problem, (solved,)),))(chosen)[0][0][0])

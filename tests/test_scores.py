@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 import notebook_support as ns
 from influence_functions import (
     MEASURES,
+    Influences,
     InfluenceSettings,
     Source,
     compute_influences,
@@ -123,17 +124,48 @@ def test_the_automatic_damping_is_the_mean_eigenvalue_of_the_gram_matrix(blobs, 
     assert problem.damping == pytest.approx(float(eigenvalues.mean()), rel=1e-9)
 
 
-def test_several_models_are_averaged(blobs, mlp, softmax):
+def test_several_models_are_averaged(blobs, mlp, softmax, tmp_path):
     settings = InfluenceSettings(samples=40, device="cpu", damping=0.05)
     single = [compute_influences(model, blobs, blobs, [0, 1], settings) for model in (mlp, softmax)]
+    plain = compute_influences([mlp, softmax], blobs, blobs, [0, 1], settings, average="plain")
+    np.testing.assert_allclose(plain.scores, (single[0].scores + single[1].scores) / 2, rtol=1e-12)
     both = compute_influences([mlp, softmax], blobs, blobs, [0, 1], settings)
-    np.testing.assert_allclose(both.scores, (single[0].scores + single[1].scores) / 2, rtol=1e-12)
+    spreads = [one.scores.std(1, keepdims=True) for one in single]
+    unit = (single[0].scores / spreads[0] + single[1].scores / spreads[1]) / 2
+    np.testing.assert_allclose(both.scores, unit * (spreads[0] + spreads[1]) / 2, rtol=1e-12)
     assert both.health.residual == max(one.health.residual for one in single)
-    mean = mean_influences([mlp, softmax], blobs, blobs, settings)
+    assert [one.residual for one in both.members] == [one.health.residual for one in single]
+    assert (both.settings["models"], both.settings["average"]) == (2, "spread")
+    both.save(tmp_path / "both.npz")
+    assert Influences.load(tmp_path / "both.npz").members == both.members
+    mean = mean_influences([mlp, softmax], blobs, blobs, settings, average="plain")
     expected = [mean_influences(model, blobs, blobs, settings) for model in (mlp, softmax)]
     np.testing.assert_allclose(mean, np.mean(expected, axis=0), rtol=1e-12)
+    spreads = [one.std() for one in expected]
+    mean = mean_influences([mlp, softmax], blobs, blobs, settings)
+    np.testing.assert_allclose(mean, sum(a / s for a, s in zip(expected, spreads)) / 2 * np.mean(spreads), rtol=1e-12)
+    own = [self_influences(model, blobs, [3], settings) for model in (mlp, softmax)]
+    np.testing.assert_allclose(self_influences([mlp, softmax], blobs, [3], settings), np.mean(own, axis=0), rtol=1e-12)
+    swept = sweep_damping([mlp, softmax], blobs, blobs, (1,), settings)[1]
+    np.testing.assert_allclose(swept.scores[:2], both.scores, rtol=1e-9)
     with pytest.raises(ValueError, match="a sequence of at least one"):
         compute_influences([], blobs, blobs, [0], settings)
+
+
+def test_the_training_data_is_read_once_for_all_models(blobs, mlp, softmax):
+    read = []
+
+    def batch(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        read.extend(chosen.tolist())
+        return blobs[0][chosen % 40], blobs[1][chosen % 40]
+
+    def times(models: list[nn.Module]) -> int:
+        read.clear()
+        compute_influences(models, Source(400, batch), blobs, [0], solver="identity", damping=1.0, chunk=7)
+        return len(read)
+
+    assert times([mlp, softmax]) - times([mlp]) < 100, "what is read more is for the proofs: less than a pass"
+    assert times([mlp, softmax, mlp, softmax]) - times([mlp]) == 3 * (times([mlp, softmax]) - times([mlp]))
 
 
 @pytest.mark.parametrize("solver", ["kernel", "cg", "lissa", "identity"])

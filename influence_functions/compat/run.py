@@ -151,7 +151,8 @@ class _Run:
         self.problem.check_tests(self.test, chosen)
         if self.config.save_pth is None:
             solved = self.prepared.solve(self.problem.gradients(self.test, chosen)[0])
-            scores, residuals = score_training(self.problem, [solved])[0][0], [solved.health.residual] * len(chosen)
+            scores = score_training([(self.problem, [solved])])[0][0][0]
+            residuals = [solved.health.residual] * len(chosen)
         else:
             scores, residuals = self.scores_kept(indices, stored)
         seconds = (time.perf_counter() - start) / len(indices)
@@ -165,7 +166,7 @@ class _Run:
         if stored:
             return join_scores([directions @ rows.T for rows in self.gradients()]), residuals
         health = Health(self.config.solver, max(residuals), self.settings.damping or math.nan)
-        return score_training(self.problem, [Directions(None, directions, health)])[0][0], residuals
+        return score_training([(self.problem, [Directions(None, directions, health)])])[0][0][0], residuals
 
     def directions(self, indices: list[int]) -> tuple[Tensor, list[float]]:
         """(k, p) s_test of the test samples, and their residuals: from their files, or solved and written there."""
