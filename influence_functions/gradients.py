@@ -18,8 +18,8 @@ from torch.func import grad, vmap
 
 from .blocks import Block, Dense, lightest
 from .data import Inputs, call, on_tensors
-from .hooks import Recorder, flat
-from .layers import Call, by_rule, by_vmap
+from .hooks import Pass, Recorder
+from .layers import Call, by_rule, by_vmap, rule_of
 from .measures import Measure
 from .stack import Gradients
 
@@ -47,15 +47,16 @@ class GradientMaker:
         self.recorder = Recorder(model, [*self.layers])
         self.roads: dict[str, Road] = {}
         self.looped = False
+        self.seen: set[frozenset[tuple[str, int]]] = set()  # ways through the model that were checked
         self.slow_layers: tuple[str, ...] = ()
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs, targets: Tensor, check: bool = True, mend: bool = True) -> Gradients:
         """The gradients of the measure at each sample: inputs (b, …), targets (b, …).
 
-        check: hold each layer's against autograd on this very batch, at the price of one more backward pass. Those that
-        do not agree, as where a forward sorts its batch or sends samples different ways, are made in a loop if `mend`,
-        else DisagreementError.
+        check: hold each layer's against autograd on this very batch, at the price of one more backward pass, as is done
+        in any case where a batch goes another way than those before. Those that do not agree, as where a forward sorts
+        its batch or sends samples different ways, are made in a loop if `mend`, else DisagreementError.
         """
         blocks = self._by_layer(inputs, targets, check, mend) if self.roads else {}
         if rest := self._rest():
@@ -77,6 +78,10 @@ class GradientMaker:
         The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few.
         A rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
         """
+        all_layers = self.layers
+        for batch in batches:
+            behind = self._behind(self.recorder(self.measure, *batch))
+            self.layers = {name: own for name, own in self.layers.items() if name not in behind}
         truths = [self._in_a_loop([*self.params], *_first(*batch)) for batch in batches]
         for road in (by_rule, by_vmap):
             self.roads |= dict.fromkeys(self.layers.keys() - self.roads.keys(), road)
@@ -87,15 +92,15 @@ class GradientMaker:
                     if not _close(found.get(name), wanted):
                         del self.roads[name]
             if road is by_rule:
-                self.slow_layers = tuple(name for name in self.layers if name not in self.roads)
+                self.slow_layers = tuple(name for name in all_layers if name not in self.roads)
         self.roads = {name: self.roads[name] for name in self.layers if name in self.roads}
         rest = self._rest()
-        self.slow_layers += tuple(name for name in rest if name.rpartition(".")[0] not in self.layers)
+        self.slow_layers += tuple(name for name in rest if name.rpartition(".")[0] not in all_layers)
         self.looped = bool(rest) and not self._network_agrees(rest, truths[0], *batches[0])
 
     def _attempt(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """The gradients of the first few samples, (b, q) of every layer whose road serves it at all."""
-        found, calls = {}, self.recorder(self.measure, inputs, targets, dict.fromkeys(self.roads, ()))[1]
+        found, calls = {}, self.recorder(self.measure, inputs, targets).calls(self.roads, keep=False)
         for name in self.roads:
             try:
                 with torch.no_grad():
@@ -118,28 +123,39 @@ class GradientMaker:
         return all(_close(found[name], truth[name]) for name in rest)
 
     def _by_layer(self, inputs: Inputs, targets: Tensor, check: bool, mend: bool) -> dict[str, Block]:
-        own = dict(self.model.named_parameters())
-        owners = {layer: [own[name] for name in self._parameters(layer)] for layer in self.roads}
-        values, calls, sums = self.recorder(self.measure, inputs, targets, owners, check)
-        found = {}
+        one = self.recorder(self.measure, inputs, targets)
+        check, found = check or one.shape not in self.seen, {}
+        calls = one.calls(self.roads, keep=check)
         for name in self.roads:
             try:
                 found[name] = self._block(name, calls.get(name, []), len(targets))
             except Exception as error:
                 kind = type(self.model.get_submodule(name)).__name__
                 raise ValueError(f"layer {name!r} ({kind}): its gradients failed: {error}") from error
-        odd = _odd(found, torch.ones_like(values), sums)
-        if check:  # a sum does not see in which order the samples are: another one does, at the price of a pass
-            weights = torch.randn(len(values), generator=torch.Generator().manual_seed(len(values))).to(values)
-            params = [param for layer in owners.values() for param in layer]
-            grads: Sequence[Tensor | None] = [None] * len(params)
-            if values.requires_grad:
-                grads = torch.autograd.grad(values, params, weights, allow_unused=True)
-            odd += _odd(found, weights, flat(owners, grads))
+        odd = {name for name, block in found.items() if len(block) != len(targets)}
+        if check:  # a sum with random weights sees what is missing, and in which order the samples are
+            weights = torch.randn(len(targets), generator=torch.Generator().manual_seed(len(targets))).to(one.values)
+            wanted = one.sums({layer: self._parameters(layer) for layer in found}, weights.detach())
+            known = {layer: block for layer, block in found.items() if layer not in odd}
+            odd |= {
+                name for name, block in known.items()
+                if not _close(block.weighted(weights[None].to(wanted[name]))[0], wanted[name])
+            }  # fmt: skip
         if odd and not mend:
-            raise DisagreementError(odd[0])
-        exact = self._in_a_loop([name for layer in {*odd} for name in self._parameters(layer)], inputs, targets)
+            raise DisagreementError(min(odd))
+        if not odd:
+            self.seen.add(one.shape)
+        exact = self._in_a_loop([name for layer in odd for name in self._parameters(layer)], inputs, targets)
         return found | {layer: self._dense(self._parameters(layer), exact) for layer in odd}
+
+    def _behind(self, one: Pass) -> set[str]:
+        """The layers whose parameters are used more often than they are called: by somebody else, too."""
+        known = {name for name in self.layers if rule_of(self.model.get_submodule(name)) is not None}
+        known = {name for name in known if type(self.model.get_submodule(name)).__module__.startswith("torch.nn")}
+        return {
+            layer for layer in known
+            if any(one.times_used[name] > one.times_called[layer] for name in self._parameters(layer))
+        }  # fmt: skip
 
     def _block(self, name: str, calls: Sequence[Call], samples: int) -> Block:
         """The gradients of a layer, summed over its calls; zero where it was not called."""
@@ -218,16 +234,6 @@ def _layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if own and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
             found[name] = tuple(own)
     return found
-
-
-def _odd(found: Mapping[str, Block], weights: Tensor, wanted: Mapping[str, Tensor]) -> list[str]:
-    """The layers whose gradients do not have the `wanted` sum, weighted by (b,)."""
-    weights = weights.detach()
-    return [
-        layer
-        for layer, block in found.items()
-        if len(block) != len(weights) or not _close(block.weighted(weights[None].to(wanted[layer]))[0], wanted[layer])
-    ]
 
 
 def _first(inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -50,39 +52,73 @@ class Recorder:
             self._local.hooked = model, recorded
         return self._local.hooked
 
-    def __call__(
-        self, measure: Measure, inputs: Inputs, targets: Tensor, wanted: Mapping[str, Sequence[nn.Parameter]],
-        keep: bool = False,
-    ) -> tuple[Tensor, dict[str, list[Call]], dict[str, Tensor]]:  # fmt: skip
-        """The measure's values (b,), the calls of the `wanted` layers, and the sums over the batch of their gradients.
-
-        wanted: layer → its parameters. Each call comes with the gradient of the values' sum at its output. keep: leave
-        the values in autograd's graph.
-        """
+    def __call__(self, measure: Measure, inputs: Inputs, targets: Tensor) -> Pass:
+        """One forward pass, up to the values of the measure."""
         model, recorded = self._hooked()
         recorded.clear()
         with torch.enable_grad():
             values = measure.values(call(model, inputs), targets)
-            total = values.sum()
-        chosen, calls = [one for one in recorded if one[0] in wanted], dict[str, list[Call]]()
+            found = Pass(values, values.sum(), tuple(recorded), dict(self.model.named_parameters()))
         recorded.clear()
-        params = [param for own in wanted.values() for param in own]
-        found: Sequence[Tensor | None] = [None] * (len(chosen) + len(params))
-        asked: list[Any] = [*(edge for *_, edge in chosen), *params]
-        if asked and values.requires_grad:
-            found = torch.autograd.grad(total, asked, retain_graph=keep, allow_unused=True)
-        for (name, args, kwargs, _), delta in zip(chosen, found):
-            if delta is not None:
-                calls.setdefault(name, []).append(Call(args, kwargs, delta.to(next(self.model.parameters()).dtype)))
-        sums = flat(wanted, found[len(chosen) :])
-        return values if keep else values.detach(), calls, sums
+        return found
 
 
-def flat(owners: Mapping[str, Sequence[nn.Parameter]], grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Layer → (q,): the gradients of its parameters side by side, zeros where there is none."""
-    params = [param for own in owners.values() for param in own]
-    parts = iter([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in zip(params, grads)])
-    return {layer: torch.cat([next(parts) for _ in own]) for layer, own in owners.items() if own}
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The measure's `values` (b,) and their `total`, in autograd's graph, and what the layers were given on the way."""
+
+    values: Tensor
+    total: Tensor
+    recorded: tuple[_Recorded, ...]
+    params: dict[str, nn.Parameter]
+
+    @cached_property
+    def times_called(self) -> Counter[str]:
+        """Layer → how often."""
+        return Counter(name for name, *_ in self.recorded)
+
+    @cached_property
+    def times_used(self) -> Counter[str]:
+        """Parameter → how often, by way of its layer or behind its back."""
+        names, found = {id(param): name for name, param in self.params.items()}, Counter[str]()
+        seen, nodes = set(), [self.values.grad_fn]
+        while nodes:
+            if (node := nodes.pop()) is not None and node not in seen:
+                seen.add(node)
+                for before, _ in node.next_functions:
+                    if (param := getattr(before, "variable", None)) is not None:
+                        found[names.get(id(param), "")] += 1
+                    else:
+                        nodes.append(before)
+        return found
+
+    @property
+    def shape(self) -> frozenset[tuple[str, int]]:
+        """What is the same for batches that go the same way through the model."""
+        return frozenset([*self.times_called.items(), *self.times_used.items()])
+
+    def calls(self, wanted: Container[str], keep: bool) -> dict[str, list[Call]]:
+        """The calls of the `wanted` layers, with the gradient of the total at their outputs; keep: the graph, too.
+
+        No weight's gradient is computed.
+        """
+        chosen, found = [one for one in self.recorded if one[0] in wanted], dict[str, list[Call]]()
+        if chosen and self.total.requires_grad:
+            edges, kind = [edge for *_, edge in chosen], next(iter(self.params.values())).dtype
+            deltas = torch.autograd.grad(self.total, edges, retain_graph=keep, allow_unused=True)
+            for (name, args, kwargs, _), delta in zip(chosen, deltas):
+                if delta is not None:
+                    found.setdefault(name, []).append(Call(args, kwargs, delta.to(kind)))
+        return found
+
+    def sums(self, layers: Mapping[str, Sequence[str]], weights: Tensor) -> dict[str, Tensor]:
+        """Layer → (q,): the gradients of its parameters by autograd, summed over the batch with weights (b,)."""
+        owned = [self.params[name] for names in layers.values() for name in names]
+        grads: Sequence[Tensor | None] = [None] * len(owned)
+        if owned and self.values.requires_grad:
+            grads = torch.autograd.grad(self.values, owned, weights.to(self.values), allow_unused=True)
+        parts = iter([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in zip(owned, grads)])
+        return {layer: torch.cat([next(parts) for _ in names]) for layer, names in layers.items()}
 
 
 def _record(

@@ -17,7 +17,7 @@ from .gradients import DisagreementError
 from .problem import Problem, join_targets
 from .solvers import Solved
 
-CHECK_EVERY = 8  # chunks of training samples, of which one is held against autograd
+CHECK_EVERY = 8  # chunks of training samples
 
 
 Member = tuple[Problem, Sequence[Solved]]
@@ -28,8 +28,8 @@ Member = tuple[Problem, Sequence[Solved]]
 class _Scoring:
     """Indices (b,) → for each member the scores (m, b) by each of its solutions, and the targets; read once for all.
 
-    Gradients are held against autograd in every chunk if told `always`, else in one of `CHECK_EVERY`, where a
-    disagreement is an error: then all have to be looked at.
+    Gradients are held against autograd in every chunk if told `always`; else in the last, in one of `CHECK_EVERY`, and
+    wherever a chunk goes a new way through a model. A disagreement is then an error, as all have to be looked at.
     """
 
     members: tuple[Member, ...]

@@ -1,6 +1,7 @@
 """Situations in which a practitioner uses the engine: the right numbers, or one sentence that says what to do."""
 
 import copy
+import dataclasses
 import os
 import stat
 import threading
@@ -14,6 +15,7 @@ from references import loop_gradients
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler, TensorDataset
 
+import influence_functions.compat as ptif
 from influence_functions import (
     InfluenceSettings,
     NonFiniteError,
@@ -471,6 +473,15 @@ def test_the_modes_that_a_caller_may_be_in_change_nothing(solver):
     with torch.inference_mode():
         assert mean_influences(linear(), DATA, DATA, **options).any()
         assert self_influences(linear(), DATA, [0], **options).any()
+
+
+def test_the_packages_interface_in_inference_mode(tmp_path):
+    loader = DataLoader(TensorDataset(*DATA), batch_size=10)
+    config = ptif.InfluenceConfig(outdir=tmp_path, solver="kernel", progress=False, num_classes=3, test_sample_num=1)
+    with torch.inference_mode():
+        influences, *_ = ptif.calc_img_wise(config, linear(), loader, loader)
+        assert "scale" in dataclasses.replace(config, solver="lissa", damp=0.5).tuned(linear(), loader).report
+    assert all(entry["influence"].any() for entry in influences.values())
 
 
 def test_factors_of_any_kind():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .._support import plain_torch
 from ..problem import make_problem
 from ..settings import InfluenceSettings
 from ..solvers import Lissa, check_solver
@@ -124,6 +125,7 @@ class InfluenceConfig:
             seed=self.seed,
         )
 
+    @plain_torch()
     def tuned(self, model: nn.Module, data: Any, tolerance: float = 0.1) -> InfluenceConfig:
         """This configuration with the scale that the model needs, and no more steps than it needs; says so in `report`.
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._support import CorruptFileError, atomic_path, in_parallel
+from .._support import CorruptFileError, atomic_path, in_parallel, plain_torch
 from ..data import Source, as_source, checksum
 from ..problem import Problem, make_problem
 from ..scoring import join_scores, score_training
@@ -34,6 +34,7 @@ STEPWISE_BLOCK = 10  # by the other solvers, which hold m · batch · activation
 SHARD = 1000  # training gradients a file
 
 
+@plain_torch()
 def calc_img_wise(
     config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train_loader: Any, test_loader: Any
 ) -> tuple[dict[str, Any], list[int], list[int]]:
@@ -62,6 +63,7 @@ def calc_influences(
     return mode(own, model, train_loader, test_loader)
 
 
+@plain_torch()
 def calc_all_grad_then_test(
     config: InfluenceConfig | Mapping[str, Any], model: nn.Module, train_loader: Any, test_loader: Any
 ) -> tuple[dict[str, Any], list[int], list[int]]:
