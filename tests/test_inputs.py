@@ -29,7 +29,7 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"samples": 0}, "samples must be at least 1"),
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"jobs": 0}, "jobs must be"),
-        ({"iteration": 5}, "unknown setting iteration; there are batch_size"),
+        ({"iteration": 5}, "unknown setting iteration; there are average, batch_size"),
         ({"indices": [6]}, r"test indices must lie in 0\.\.5"),
         ({"indices": [-1]}, r"test indices must lie in 0\.\.5"),
         ({"indices": []}, "no sample chosen"),
