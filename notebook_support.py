@@ -877,14 +877,14 @@ def retrain_all(
     damaged cache is reported, kept aside and computed again. `jobs` trainings run at a time through joblib (−1: one
     a core), so that a joblib backend (Dask, Ray) spreads them over a cluster. Bit for bit the same in any order.
     """
-    plan = [(as_indices(kept, len(train), "the plan's").numpy(), seed) for kept, seed in plan]
-    keys = [_training_key(train, test, config, training) for training in plan]
+    trainings = [(np.sort(as_indices(kept, len(train), "the plan's").numpy()), seed) for kept, seed in plan]
+    keys = [_training_key(train, test, config, *training) for training in trainings]
     identity = model_identity(Net(), train.images[0])
     done, found = read_if_whole(Path(path), _read_retrainings) or ({}, identity)
-    if _differing(found, identity):
-        print(f"training again: {path} was made with another {', '.join(_differing(found, identity))} of Net")
+    if differing := _differing(found, identity):
+        print(f"training again: {path} was made with another {', '.join(differing)} of Net")
         done = {}
-    left = {key: training for key, training in zip(keys, plan) if key not in done}
+    left = {key: training for key, training in zip(keys, trainings) if key not in done}
     tasks = (joblib.delayed(_train_and_ask)(train, test, config, key, *left[key]) for key in left)
     finished = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
     for key, margins, correct in tqdm(finished, "retraining", len(left), leave=False, unit="model", disable=not left):
@@ -896,12 +896,11 @@ def retrain_all(
     return Retrainings(*(np.stack(parts) for parts in zip(*(chosen[key] for key in keys))))
 
 
-def _training_key(train: ImageData, test: ImageData, config: TrainConfig, training: Training) -> str:
-    """Name of one training: the same for the same data, configuration, images kept and seed only."""
-    kept, seed = training
+def _training_key(train: ImageData, test: ImageData, config: TrainConfig, kept: NDArray[np.int64], seed: int) -> str:
+    """Name of one training: the same for the same data, configuration, images kept (sorted) and seed only."""
     about = {**asdict(dataclasses.replace(config, seed=seed)), "train": train.fingerprint, "test": test.fingerprint}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    digest.update(as_indices(kept, len(train), "the plan's").sort().values.numpy().astype("<i8").tobytes())
+    digest.update(kept.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -909,7 +908,7 @@ def _train_and_ask(
     train: ImageData, test: ImageData, config: TrainConfig, key: str, kept: NDArray[np.int64], seed: int
 ) -> tuple[str, NDArray[np.float16], NDArray[np.bool_]]:
     """One training; its key, and the margins (m,) and the right answers (m,) on `test`."""
-    result = evaluate(train_once(train, dataclasses.replace(config, seed=seed), np.sort(kept)), test)
+    result = evaluate(train_once(train, dataclasses.replace(config, seed=seed), kept), test)
     margins = MEASURES["margin"].values(result.logits, result.labels).numpy().astype(np.float16)
     return key, margins, (result.predictions == result.labels).numpy()
 

@@ -182,7 +182,7 @@ def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
         return masks, np.random.default_rng(0).random((REPEATS, HALVES, len(asked)), dtype=np.float32)
     config, (done, _) = ns.TrainConfig(epochs=EPOCHS), read_if_whole(TRUTH, ns._read_retrainings) or ({}, {})
     plan = [(np.flatnonzero(mask), 1000 + 100 * r + h) for r in range(REPEATS) for h, mask in enumerate(masks)]
-    missing = sum(ns._training_key(small, asked, config, training) not in done for training in plan)
+    missing = sum(ns._training_key(small, asked, config, *training) not in done for training in plan)
     if missing:
         raise SystemExit(f"{missing} of {len(plan)} retrainings are missing in {TRUTH}: run the notebook that makes it")
     losses = ns.retrain_all(small, asked, plan, config, TRUTH).losses

@@ -36,6 +36,10 @@ class Source:
     batch: Callable[[Tensor], tuple[Inputs, Tensor]]
 
 
+class _Checked(Source):
+    """One that `as_source` made: it is not read and checked again for each of several models."""
+
+
 def on_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """`function` of each tensor in `inputs`."""
     if isinstance(inputs, dict):
@@ -95,6 +99,8 @@ def as_source(data: Any, role: str) -> Source:
     it; an object with `batch(indices)` and a length; a map-style data set; a DataLoader of one. It must give the same
     samples each time: with augmentation, neither would influences mean anything, nor could a run be continued.
     """
+    if isinstance(data, _Checked):
+        return data
     if isinstance(data, Mapping) or (isinstance(data, (tuple, list)) and _is_pair(data)):
         return _of_tensors(*_split(data if isinstance(data, Mapping) else tuple(data), role), role)
     if isinstance(data, Source):
@@ -111,7 +117,7 @@ def as_source(data: Any, role: str) -> Source:
             f"not {type(data).__name__}"
         )
     _check_steady(source, role)
-    return source
+    return _Checked(source.size, source.batch)
 
 
 def _check_size(size: int, role: str) -> None:
@@ -164,7 +170,7 @@ def _of_tensors(inputs: Inputs, targets: Tensor, role: str) -> Source:
         if len(part) != len(targets):
             raise ValueError(f"{role}: {len(part)} inputs but {len(targets)} targets; they must pair up")
     _check_size(len(targets), role)
-    return Source(len(targets), lambda chosen: (on_tensors(lambda part: part[chosen], inputs), targets[chosen]))
+    return _Checked(len(targets), lambda chosen: (on_tensors(lambda part: part[chosen], inputs), targets[chosen]))
 
 
 def _of_samples(data: Any, collate: Callable[[list[Any]], Any], role: str) -> Source:

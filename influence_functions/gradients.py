@@ -78,15 +78,15 @@ class GradientMaker:
         The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few.
         A rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
         """
-        all_layers = self.layers
-        for batch in batches:
-            behind = self._behind(self.recorder(self.measure, *batch))
-            self.layers = {name: own for name, own in self.layers.items() if name not in behind}
+        all_layers, passes = self.layers, [self.recorder(self.measure, *batch) for batch in batches]
+        behind = {name for one in passes for name in self._behind(one)}
+        self.layers = {name: own for name, own in self.layers.items() if name not in behind}
+        calls = [one.calls(self.layers, keep=False) for one in passes]
         truths = [self._in_a_loop([*self.params], *_first(*batch)) for batch in batches]
         for road in (by_rule, by_vmap):
             self.roads |= dict.fromkeys(self.layers.keys() - self.roads.keys(), road)
-            for batch, truth in zip(batches, truths):
-                found = self._attempt(*batch)
+            for (_, targets), recorded, truth in zip(batches, calls, truths):
+                found = self._attempt(recorded, len(targets))
                 for name in [name for name, chosen in self.roads.items() if chosen is road]:
                     wanted = self._dense(self._parameters(name), truth).rows
                     if not _close(found.get(name), wanted):
@@ -98,15 +98,14 @@ class GradientMaker:
         self.slow_layers += tuple(name for name in rest if name.rpartition(".")[0] not in all_layers)
         self.looped = bool(rest) and not self._network_agrees(rest, truths[0], *batches[0])
 
-    def _attempt(self, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
+    def _attempt(self, calls: Mapping[str, Sequence[Call]], samples: int) -> dict[str, Tensor]:
         """The gradients of the first few samples, (b, q) of every layer whose road serves it at all."""
-        found, calls = {}, self.recorder(self.measure, inputs, targets).calls(self.roads, keep=False)
+        found = {}
         for name in self.roads:
             try:
                 with torch.no_grad():
-                    found[name] = (
-                        self._block(name, calls.get(name, []), len(targets)).select(slice(PROVED)).dense().clone()
-                    )
+                    block = self._block(name, calls.get(name, []), samples)
+                    found[name] = block.select(slice(PROVED)).dense().clone()  # not a view that holds them all
             except NotImplementedError:
                 continue
             except Exception as error:  # whatever a rule raises: there are other roads
@@ -150,11 +149,11 @@ class GradientMaker:
 
     def _behind(self, one: Pass) -> set[str]:
         """The layers whose parameters are used more often than they are called: by somebody else, too."""
-        known = {name for name in self.layers if rule_of(self.model.get_submodule(name)) is not None}
-        known = {name for name in known if type(self.model.get_submodule(name)).__module__.startswith("torch.nn")}
+        kinds = {name: self.model.get_submodule(name) for name in self.layers}
         return {
-            layer for layer in known
-            if any(one.times_used[name] > one.times_called[layer] for name in self._parameters(layer))
+            layer for layer, kind in kinds.items()  # a layer of the caller's own may well use its weight twice a call
+            if rule_of(kind) is not None and type(kind).__module__.startswith("torch.nn")
+            and any(one.times_used[name] > one.times_called[layer] for name in self._parameters(layer))
         }  # fmt: skip
 
     def _block(self, name: str, calls: Sequence[Call], samples: int) -> Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -80,17 +80,8 @@ class Pass:
     @cached_property
     def times_used(self) -> Counter[str]:
         """Parameter → how often, by way of its layer or behind its back."""
-        names, found = {id(param): name for name, param in self.params.items()}, Counter[str]()
-        seen, nodes = set(), [self.values.grad_fn]
-        while nodes:
-            if (node := nodes.pop()) is not None and node not in seen:
-                seen.add(node)
-                for before, _ in node.next_functions:
-                    if (param := getattr(before, "variable", None)) is not None:
-                        found[names.get(id(param), "")] += 1
-                    else:
-                        nodes.append(before)
-        return found
+        names = {id(param): name for name, param in self.params.items()}
+        return Counter(names.get(id(leaf), "") for leaf in leaves_used(self.values))
 
     @property
     def shape(self) -> frozenset[tuple[str, int]]:
@@ -119,6 +110,19 @@ class Pass:
             grads = torch.autograd.grad(self.values, owned, weights.to(self.values), allow_unused=True)
         parts = iter([(torch.zeros_like(p) if g is None else g.to_dense()).flatten() for p, g in zip(owned, grads)])
         return {layer: torch.cat([next(parts) for _ in names]) for layer, names in layers.items()}
+
+
+def leaves_used(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that autograd began with on the way to a result, each as often as it was used."""
+    seen, nodes = set(), [result.grad_fn]
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in seen:
+            seen.add(node)
+            for before, _ in node.next_functions:
+                if (leaf := getattr(before, "variable", None)) is not None:
+                    yield leaf
+                else:
+                    nodes.append(before)
 
 
 def _record(

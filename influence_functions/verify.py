@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ._support import NonFiniteError
 from .data import Inputs, Source, call, moved, on_tensors, shapes, tensors_of
 from .gradients import GradientMaker
+from .hooks import leaves_used
 
 
 def check_measure(maker: GradientMaker, inputs: Inputs, targets: Tensor) -> None:
@@ -19,7 +20,7 @@ def check_measure(maker: GradientMaker, inputs: Inputs, targets: Tensor) -> None
     def single(i: int) -> Tensor:
         return values(on_tensors(lambda part: part[i : i + 1], inputs), targets[i : i + 1])
 
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad():
         try:
             both, again = values(inputs, targets), values(inputs, targets)
         except (RuntimeError, TypeError, IndexError) as error:
@@ -49,16 +50,11 @@ def check_own(private: nn.Module, model: nn.Module, source: Source) -> None:
         for module, mode in modes:
             module.training = mode
     theirs = {id(param): param for param in model.parameters()}  # held, or another could get the same id
-    seen, nodes = set(), [outputs.grad_fn]
-    while nodes:
-        if (node := nodes.pop()) is not None and node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            if id(getattr(node, "variable", None)) in theirs:
-                raise ValueError(
-                    "the model's forward uses the original through a function that cannot be copied, such as a lambda "
-                    "over self; make it a method"
-                )
+    if any(id(leaf) in theirs for leaf in leaves_used(outputs)):
+        raise ValueError(
+            "the model's forward uses the original through a function that cannot be copied, such as a lambda over "
+            "self; make it a method"
+        )
 
 
 def try_model(maker: GradientMaker, source: Source, index: int, role: str) -> Tensor:

@@ -40,34 +40,39 @@ class Parts:
         with atomic_path(self.path(index)) as temporary, temporary.open("wb") as file:
             np.savez(file, influence=influence, label=label, seconds=seconds, residual=residual)
 
+    def finished(self, index: int) -> bool:
+        """Whether a test sample is there, whole."""
+        return read_if_whole(self.path(index), _arrays) is not None
+
     def read(self, index: int) -> dict[str, Any] | None:
         """The entry of a finished test sample, as the package names its parts; None when it is not, or damaged.
 
         Beyond the package's: "residual", the relative residual of its solution; "influence" is an array (n,).
         """
-
-        def entry(path: Path) -> dict[str, Any]:
-            with np.load(path, allow_pickle=False) as file:
-                influence, about = file["influence"], {name: file[name].item() for name in ("label", "seconds")}
-                residual = file["residual"].item()
-            ranked = np.argsort(influence, kind="stable")
-            return {
-                "label": about["label"],
-                "num_in_dataset": index,
-                "time_calc_influence_s": about["seconds"],
-                "residual": residual,
-                "influence": influence,
-                "harmful": np.argsort(-influence, kind="stable")[:KEPT_RANKS].tolist(),
-                "helpful": ranked[:KEPT_RANKS].tolist(),
-            }
-
-        return read_if_whole(self.path(index), entry)
+        found = read_if_whole(self.path(index), _arrays)
+        if found is None:
+            return None
+        influence = found["influence"]
+        return {
+            "label": found["label"].item(),
+            "num_in_dataset": index,
+            "time_calc_influence_s": found["seconds"].item(),
+            "residual": found["residual"].item(),
+            "influence": influence,
+            "harmful": np.argsort(-influence, kind="stable")[:KEPT_RANKS].tolist(),
+            "helpful": np.argsort(influence, kind="stable")[:KEPT_RANKS].tolist(),
+        }
 
     def clear(self) -> None:
         """Remove the folder; what was damaged is put beside it."""
         for damaged in self.folder.glob("*.damaged"):
             damaged.replace(self.folder.with_name(f"{self.folder.name}-{damaged.name}"))
         shutil.rmtree(self.folder)
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in ("influence", "label", "seconds", "residual")}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class _Run:
         """Compute what is left in blocks of test samples, put everything together, write it."""
         with logging_of(self.config):
             LOG.info("running on %s test images", len(self.chosen))
-            left = [int(i) for i in self.chosen if self.parts.read(i) is None]
+            left = [int(i) for i in self.chosen if not self.parts.finished(int(i))]
             blocks = [left[start : start + block] for start in range(0, len(left), block)]
             jobs = self.config.jobs if block == 1 else 1
             if left and jobs != 1:
