@@ -9,6 +9,7 @@ Words and the one sign (positive = helpful) are those of `influence_functions`, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import io
@@ -72,7 +73,7 @@ from influence_functions import (
 )
 from influence_functions._support import Indices, as_indices, atomic_path, bytes_of, read_if_whole
 from influence_functions.measures import check_labels
-from influence_functions.metrics import LDS, stability_of
+from influence_functions.metrics import LDS, found_by
 from influence_functions.private import private_copy
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -540,22 +541,37 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What a training leaves: the `model`, its `history` (a row an epoch), and what the model was on the way.
+
+    checkpoints: epoch → a model with the weights as they were after it, oldest first; of the epochs asked for only.
+    """
+
+    model: nn.Module
+    history: pd.DataFrame
+    checkpoints: dict[int, nn.Module] = dataclasses.field(default_factory=dict)
+
+
 def train_model(
-    model: nn.Module, train: ImageData, config: TrainConfig, validation: ImageData | None = None
-) -> pd.DataFrame:
+    model: nn.Module,
+    train: ImageData,
+    config: TrainConfig,
+    validation: ImageData | None = None,
+    checkpoints: Sequence[int] = (),
+) -> Training:
     """Train `model` in place on its own device; no augmentation, so that the training set is the training set.
 
-    Returns one row an epoch: epoch, train_loss, train_accuracy (running, while the weights move), seconds; with
-    `validation` also validation_loss and validation_accuracy, and a progress bar (without it: silent). The last
-    epoch's weights are kept: the validation data decides nothing.
+    checkpoints: the epochs (1 = the first) after which the weights are kept as well; they change nothing.
+    history: one row an epoch: epoch, train_loss, train_accuracy (running, while the weights move), learning_rate (of
+    its last step), seconds; with `validation` also validation_loss and validation_accuracy, and a progress bar
+    (without it: silent). The last epoch's weights are kept: the validation data decides nothing.
     """
+    if not set(checkpoints) <= set(range(1, config.epochs + 1)):
+        raise ValueError(f"checkpoints must be epochs in 1..{config.epochs}, not {list(checkpoints)}")
     generator = torch.Generator().manual_seed(config.seed)
-    steps = config.epochs * batches_of(len(train), config.batch_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.peak_lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
-    )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps)
-    history, start = [], time.perf_counter()
+    optimizer, scheduler = _optimizer(model, config, config.epochs * batches_of(len(train), config.batch_size))
+    history, kept, start = [], {}, time.perf_counter()
     epochs = range(1, config.epochs + 1)
     for epoch in tqdm(epochs, desc="training", unit="epoch", leave=False, disable=validation is None):
         batches = shuffled_batches(train, config.batch_size, generator)
@@ -564,8 +580,20 @@ def train_model(
             logits = predict(model, validation)
             row["validation_loss"] = float(F.cross_entropy(logits, validation.labels))
             row["validation_accuracy"] = float((logits.argmax(1) == validation.labels).float().mean())
+        if epoch in checkpoints:
+            kept[epoch] = copy.deepcopy(model)
         history.append({**row, "seconds": time.perf_counter() - start})
-    return pd.DataFrame(history)
+    return Training(model, pd.DataFrame(history), kept)
+
+
+def _optimizer(
+    model: nn.Module, config: TrainConfig, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """What moves the weights, and how fast in each of the `steps`."""
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.peak_lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+    )
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps)
 
 
 def _train_epoch(
@@ -574,7 +602,7 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> dict[str, float]:
-    """One pass over `batches`; mean train_loss and train_accuracy as measured on the way."""
+    """One pass over `batches`; mean train_loss and train_accuracy measured on the way, and its last learning_rate."""
     model.train()
     device = next(model.parameters()).device
     loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -585,31 +613,71 @@ def _train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        learning_rate = optimizer.param_groups[0]["lr"]
         scheduler.step()
         loss_sum += loss.detach() * len(labels)
         hits += (logits.detach().argmax(1) == labels).sum()
         seen += len(labels)
     if not torch.isfinite(loss_sum):
         raise NonFiniteError("the training loss became NaN or infinite; lower TrainConfig.peak_lr")
-    return {"train_loss": float(loss_sum) / seen, "train_accuracy": float(hits) / seen}
+    measured = {"train_loss": float(loss_sum) / seen, "train_accuracy": float(hits) / seen}
+    return {**measured, "learning_rate": learning_rate}
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, identity: Mapping[str, Any], history: pd.DataFrame) -> None:
-    """Write weights as safetensors; `identity` (what they were trained with) and the history ride in its header."""
+State = dict[str, Tensor]
+"""Weights and buffers of a model by name."""
+
+
+def save_checkpoint(path: str | Path, training: Training, identity: Mapping[str, Any]) -> None:
+    """Write a training as safetensors; `identity` (what it was made with) and the history ride in its header.
+
+    The finished model's weights have their own names, those after epoch 2 the same names below "epoch-2/".
+    """
+    models = {"": training.model} | {f"epoch-{epoch}/": model for epoch, model in training.checkpoints.items()}
     # Each its own copy: safetensors refuses memory that is shared, as where weights are tied.
-    weights = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    header = {"identity": json.dumps(identity, sort_keys=True), "history": history.to_json(orient="records")}
+    weights = {
+        f"{prefix}{name}": tensor.detach().cpu().clone().contiguous()
+        for prefix, model in models.items()
+        for name, tensor in model.state_dict().items()
+    }
+    header = {"identity": json.dumps(identity, sort_keys=True), "history": training.history.to_json(orient="records")}
     with atomic_path(path) as temporary:
         save_file(weights, str(temporary), metadata=header)
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], pd.DataFrame]:
-    """Weights, identity and history of a checkpoint; CorruptFileError names a file that is damaged."""
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A training as it lies in a file: states by epoch, the finished model's under 0; what it was made with."""
+
+    states: dict[int, State]
+    identity: dict[str, Any]
+    history: pd.DataFrame
+
+    def lacks(self, wanted: Mapping[str, Any], checkpoints: Sequence[int]) -> str:
+        """Why this is not the training with the identity `wanted` and these `checkpoints`; "" when it is."""
+        if differing := _differing(self.identity, wanted):
+            return f"was made with another {', '.join(differing)}"
+        missing = [str(epoch) for epoch in checkpoints if epoch not in self.states]
+        return f"has no weights of epoch {', '.join(missing)}" if missing else ""
+
+    def restored(self, model: nn.Module, checkpoints: Sequence[int]) -> Training:
+        """The training, with `model` as the finished model."""
+        kept = {epoch: copy.deepcopy(model) for epoch in sorted(checkpoints)}
+        for epoch, one in {0: model, **kept}.items():
+            one.load_state_dict(self.states[epoch])
+        return Training(model, self.history, kept)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """What `save_checkpoint` left at `path`; CorruptFileError names a file that is damaged."""
     try:
+        states: dict[int, State] = {0: {}}
         with safe_open(str(path), framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.offset_keys()}
+            for key in file.offset_keys():
+                epoch, name = key.removeprefix("epoch-").split("/") if "/" in key else ("0", key)
+                states.setdefault(int(epoch), {})[name] = file.get_tensor(key)
             header = file.metadata() or {}
-        return weights, json.loads(header["identity"]), pd.DataFrame(json.loads(header["history"]))
+        return Checkpoint(states, json.loads(header["identity"]), pd.DataFrame(json.loads(header["history"])))
     except (SafetensorError, KeyError, ValueError) as error:
         raise CorruptFileError(
             f"checkpoint {path} is damaged or not ours ({error}); delete it or restore it: git checkout -- {path}"
@@ -652,25 +720,31 @@ def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 
 def train_or_load(
-    model: nn.Module, train: ImageData, validation: ImageData, config: TrainConfig, path: str | Path, retrain: bool
-) -> pd.DataFrame:
+    model: nn.Module,
+    data: tuple[ImageData, ImageData],
+    config: TrainConfig,
+    path: str | Path,
+    retrain: bool,
+    checkpoints: Sequence[int] = (),
+) -> Training:
     """Load `path` if it was trained with this very configuration on this very data, else train and save there.
 
-    Returns the training history. A checkpoint of another configuration is replaced, and the reason is printed; a
-    damaged one is an error (see `read_checkpoint`), because silently training again would hide it.
+    data: (training, validation). checkpoints: as in `train_model`; a file that lacks one of them does not fit.
+    A file that does not fit is replaced, and the reason is printed; a damaged one is an error (see `read_checkpoint`),
+    because silently training again would hide it.
     """
+    train, validation = data
     identity = _identity(model, train, config)
     if not retrain and Path(path).exists():
-        weights, found, history = read_checkpoint(path)
-        if not (differing := _differing(found, identity)):
-            model.load_state_dict(weights)
-            print(f"loaded {path}: trained with this very configuration ({len(history)} epochs)")
-            return history
-        print(f"training again: the checkpoint {path} was made with another {', '.join(differing)}")
-    history = train_model(model, train, config, validation)
-    save_checkpoint(path, model, identity, history)
-    print(f"trained {config.epochs} epochs in {history['seconds'].iloc[-1]:.0f} s; saved {path}")
-    return history
+        saved = read_checkpoint(path)
+        if not (lack := saved.lacks(identity, checkpoints)):
+            print(f"loaded {path}: trained with this very configuration ({len(saved.history)} epochs)")
+            return saved.restored(model, checkpoints)
+        print(f"training again: the checkpoint {path} {lack}")
+    training = train_model(model, train, config, validation, checkpoints)
+    save_checkpoint(path, training, identity)
+    print(f"trained {config.epochs} epochs in {training.history['seconds'].iloc[-1]:.0f} s; saved {path}")
+    return training
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -759,7 +833,7 @@ def choose_test_images(result: Evaluation, wrong: int = 2) -> list[int]:
 # ║ Retrainings: many times, and never twice                                                                    ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
-Training = tuple[Indices, int]
+Planned = tuple[Indices, int]
 """What one retraining is made of: the indices of the training images kept (or a mask), and the seed."""
 
 
@@ -802,8 +876,10 @@ def random_halves(n: int, count: int, seed: int = 0) -> NDArray[np.bool_]:
     return masks
 
 
-def train_once(train: ImageData, config: TrainConfig, kept: Indices | None = None) -> Net:
-    """A new `Net` trained on the images `kept` (default: all), on one thread of the CPU or on the GPU, silently.
+def train_once(
+    train: ImageData, config: TrainConfig, kept: Indices | None = None, checkpoints: Sequence[int] = ()
+) -> Training:
+    """`train_model` of a new `Net` on the images `kept` (default: all), on one thread of the CPU or on the GPU, silent.
 
     One thread: many small trainings at once use the cores better than one training on all cores.
     """
@@ -812,8 +888,7 @@ def train_once(train: ImageData, config: TrainConfig, kept: Indices | None = Non
     try:
         seed_everything(config.seed)
         model = Net().to(pick_device())
-        train_model(model, train if kept is None else train.subset(kept), config)
-        return model
+        return train_model(model, train if kept is None else train.subset(kept), config, None, checkpoints)
     finally:
         torch.set_num_threads(threads)
 
@@ -824,11 +899,12 @@ def train_models(
     seeds: Sequence[int],
     folder: str | Path,
     jobs: int = -1,
-) -> list[Net]:
-    """One `train_once` model for each seed, `jobs` at a time; kept in `folder` as a checkpoint each and reused.
+    checkpoints: Sequence[int] = (),
+) -> list[Training]:
+    """One `train_once` for each seed, `jobs` at a time; kept in `folder` as a file each and reused.
 
-    train: the data of all of them, or of each its own. A checkpoint made with another configuration is replaced; a
-    damaged one is reported, kept aside and its model trained again.
+    train: the data of all of them, or of each its own. A file made with another configuration, or without one of the
+    `checkpoints`, is replaced; a damaged one is reported, kept aside and its model trained again.
     """
     trains = [train] * len(seeds) if isinstance(train, ImageData) else list(train)
     if len(trains) != len(seeds):
@@ -837,35 +913,34 @@ def train_models(
         (data, dataclasses.replace(config, seed=seed), Path(folder) / f"net-{data.fingerprint}-seed-{seed}.safetensors")
         for data, seed in zip(trains, seeds)
     ]
-    models = [_read_model(*task) for task in tasks]
-    left = [i for i, model in enumerate(models) if model is None]
+    trainings = [_read_training(*task, checkpoints) for task in tasks]
+    left = [i for i, training in enumerate(trainings) if training is None]
     finished = joblib.Parallel(n_jobs=jobs, return_as="generator")(
-        joblib.delayed(_train_and_save)(*tasks[i]) for i in left
+        joblib.delayed(_train_and_save)(*tasks[i], checkpoints) for i in left
     )
-    for model, i in zip(tqdm(finished, "training", len(left), leave=False, unit="model", disable=not left), left):
-        models[i] = model
-    return [model for model in models if model is not None]
+    for training, i in zip(tqdm(finished, "training", len(left), leave=False, unit="model", disable=not left), left):
+        trainings[i] = training
+    return [training for training in trainings if training is not None]
 
 
-def _train_and_save(train: ImageData, config: TrainConfig, path: Path) -> Net:
-    model = train_once(train, config)
-    save_checkpoint(path, model, _identity(model, train, config), pd.DataFrame())
-    return model
+def _train_and_save(train: ImageData, config: TrainConfig, path: Path, checkpoints: Sequence[int]) -> Training:
+    training = train_once(train, config, checkpoints=checkpoints)
+    save_checkpoint(path, training, _identity(training.model, train, config))
+    return training
 
 
-def _read_model(train: ImageData, config: TrainConfig, path: Path) -> Net | None:
-    """The model that `_train_and_save` left at `path`; None when there is none that fits."""
-    found, model = read_if_whole(path, read_checkpoint), Net().to(pick_device())
-    if found is None or _differing(found[1], _identity(model, train, config)):
+def _read_training(train: ImageData, config: TrainConfig, path: Path, checkpoints: Sequence[int]) -> Training | None:
+    """What `_train_and_save` left at `path`; None when there is none that fits."""
+    saved, model = read_if_whole(path, read_checkpoint), Net().to(pick_device())
+    if saved is None or saved.lacks(_identity(model, train, config), checkpoints):
         return None
-    model.load_state_dict(found[0])
-    return model
+    return saved.restored(model, checkpoints)
 
 
 def retrain_all(
     train: ImageData,
     test: ImageData,
-    plan: Sequence[Training],
+    plan: Sequence[Planned],
     config: TrainConfig,
     path: str | Path,
     jobs: int = -1,
@@ -908,7 +983,7 @@ def _train_and_ask(
     train: ImageData, test: ImageData, config: TrainConfig, key: str, kept: NDArray[np.int64], seed: int
 ) -> tuple[str, NDArray[np.float16], NDArray[np.bool_]]:
     """One training; its key, and the margins (m,) and the right answers (m,) on `test`."""
-    result = evaluate(train_once(train, dataclasses.replace(config, seed=seed), kept), test)
+    result = evaluate(train_once(train, dataclasses.replace(config, seed=seed), kept).model, test)
     margins = MEASURES["margin"].values(result.logits, result.labels).numpy().astype(np.float16)
     return key, margins, (result.predictions == result.labels).numpy()
 
@@ -990,31 +1065,32 @@ def out_of_fold_probabilities(
     splitter = StratifiedKFold(folds, shuffle=True, random_state=config.seed)
     splits = [list(splitter.split(np.zeros(len(train)), train.labels.numpy())) for train in trains]
     parts = [train.subset(kept) for train, split in zip(trains, splits) for kept, _ in split]
-    models = iter(train_models(parts, config, [config.seed] * len(parts), folder, jobs))
+    trainings = iter(train_models(parts, config, [config.seed] * len(parts), folder, jobs))
     probabilities = [np.zeros((len(train), len(train.class_names)), np.float32) for train in trains]
     for train, split, found in zip(trains, splits, probabilities):
         for _, left_out in split:
-            found[left_out] = evaluate(next(models), train.subset(left_out)).probabilities.numpy()
+            found[left_out] = evaluate(next(trainings).model, train.subset(left_out)).probabilities.numpy()
     return probabilities
 
 
 def suspicion_scores(
-    model: nn.Module, train: ImageData, validation: ImageData, probabilities: NDArray[Any], seed: int = 0
+    training: Training, train: ImageData, validation: ImageData, probabilities: NDArray[Any], seed: int = 0
 ) -> pd.DataFrame:
     """How suspicious the label of each training image is, by several scores: n rows, larger = more suspicious.
 
-    model was trained on `train`, wrong labels and all; `validation` has labels that can be trusted, and is used by
+    training was on `train`, wrong labels and all; `validation` has labels that can be trusted, and is used by
     "influence" only; `probabilities` (n, C) are of models that have not seen the image they are of
     (`out_of_fold_probabilities`), used by the two last. `.attrs["seconds"]`: what each took, trainings left out.
 
     self-influence (Koh & Liang 2017, section 5.4) · influence: the mean on all of `validation`, negated · gradient norm
     and loss of the image · margin: largest other logit less that of the label · out of fold: the confidence in the
     label that the other models have, negated, as cleanlab scores it (Northcutt et al. 2021, arXiv:1911.00068), and
-    confident learning: the same after subtracting the mean confidence of each class.
+    confident learning: the same after subtracting the mean confidence of each class · "on the way": the mean over the
+    training's checkpoints, where it has any (for the margin: Pleiss et al. 2020, arXiv:2001.10528).
     """
     if probabilities.shape != (len(train), len(train.class_names)):
         raise ValueError(f"probabilities must be {(len(train), len(train.class_names))}, not {probabilities.shape}")
-    given = train.labels.numpy()
+    given, model, early = train.labels.numpy(), training.model, [*training.checkpoints.values()]
     ways: dict[str, Callable[[], NDArray[Any]]] = {
         "random": lambda: np.random.default_rng(seed).random(len(train)),
         "self-influence": lambda: self_influences(model, train, measure="loss", seed=seed),
@@ -1025,6 +1101,13 @@ def suspicion_scores(
         "out of fold": lambda: -get_label_quality_scores(given, probabilities),
         "confident learning": lambda: -get_label_quality_scores(given, probabilities, adjust_pred_probs=True),
     }
+    on_the_way: dict[str, Callable[[], NDArray[Any]]] = {
+        "self-influence": lambda: self_influences(early, train, measure="loss", seed=seed),
+        "influence": lambda: -mean_influences(early, train, validation, measure="loss", seed=seed),
+        "loss": lambda: np.mean([evaluate(one, train).losses.numpy() for one in early], axis=0),
+        "margin": lambda: np.mean([_logit_margins(evaluate(one, train)) for one in early], axis=0),
+    }
+    ways |= {f"{name}, on the way": score for name, score in on_the_way.items() if early}
     table, seconds = pd.DataFrame(index=pd.RangeIndex(len(train), name="index")), {}
     for name, score in ways.items():
         start = time.perf_counter()
@@ -1201,37 +1284,6 @@ def plot_class_counts(ax: Axes, train: ImageData, test: ImageData) -> Axes:
     return ax
 
 
-def plot_confusion(ax: Axes, result: Evaluation) -> Axes:
-    """Row = true class, column = predicted class; each row's share of its images, in per cent, in colour."""
-    counts = result.confusion()
-    share = counts / counts.sum(1, keepdims=True).clip(1)
-    picture = ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        colour = "white" if share[row, column] > 0.5 else "black"
-        ax.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
-    ticks = range(len(counts))
-    ax.set_xticks(ticks, result.class_names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(ticks, result.class_names)
-    ax.set(xlabel="the model says", ylabel="the label says")
-    ax.spines[:].set_visible(False)
-    ax.figure.colorbar(picture, ax=ax, label="share of the class", shrink=0.8)
-    return ax
-
-
-def plot_channels(image: Tensor) -> Figure:
-    """The red, green and blue channel of a uint8 image (3, 32, 32), each pixel annotated with its value 0..255."""
-    figure, axes = plt.subplots(1, 3, figsize=(24, 8.7))
-    for ax, channel, name in zip(axes, image.numpy(), ("red", "green", "blue")):
-        ax.imshow(channel, cmap="gray", vmin=0, vmax=255)
-        for (row, column), value in np.ndenumerate(channel):
-            colour = "white" if value < 128 else "black"
-            # Hard-edged digits stay readable at this size and shrink the file to a third.
-            ax.text(column, row, str(value), ha="center", va="center", fontsize=7, color=colour, antialiased=False)
-        ax.set_title(f"{name} channel", fontsize=22)
-        ax.set_axis_off()
-    return figure
-
-
 def plot_score_histogram(ax: Axes, scores: NDArray[Any], own: NDArray[np.bool_], title: str) -> Axes:
     """Scores (n,) of one test image: training images with its `own` label (n,) against all others, log counts."""
     limit = float(np.quantile(np.abs(scores), 0.999))
@@ -1240,10 +1292,10 @@ def plot_score_histogram(ax: Axes, scores: NDArray[Any], own: NDArray[np.bool_],
         clipped = scores[chosen].clip(-limit, limit)
         ax.hist(clipped, bins=bins, histtype="stepfilled", alpha=0.8, label=label, color=colour)
     ax.set_yscale("log")
-    return _small_panel(ax, title)
+    return small_panel(ax, title)
 
 
-def _small_panel(ax: Axes, title: str) -> Axes:
+def small_panel(ax: Axes, title: str) -> Axes:
     """A histogram of scores, small enough to stand beside others: zero marked, small letters."""
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_title(title, fontsize=8)
@@ -1258,8 +1310,8 @@ def plot_influential(
 ) -> Figure:
     """Test image i at the left (with what the model `says`), its 5 most helpful and 5 most harmful at the right.
 
-    images: (train, test). counts: of `count_top_images`; then each title ends with the share of the models that have
-    the image in their top 10, and an image that fewer than half of them have is framed with dashes: unstable.
+    images: (train, test). counts: of `count_top_images`; then below each image stands how many of the other trainings
+    have it in their top 10 as well, and an image that at least half of them have is framed: it holds.
     """
     (train, test), k = images, 5
     figure = plt.figure(figsize=(7, 3.4))
@@ -1272,27 +1324,25 @@ def plot_influential(
         ("harmful", influences.harmful(i, k), HARMFUL_COLOUR),
     )
     for row, (kind, chosen, colour) in enumerate(rows):
-        shares = None if counts is None else stability_of(counts, index, kind)
+        found = None if counts is None else found_by(counts, index, kind)
         for column, j in enumerate(chosen):
             title = f"{influences.scores[i, j]:+.2g}\n{train.class_of(j)}\n#{j}"
             ax = show_image(figure.add_subplot(grid[row, column + 1]), train.images[j], title, colour)
-            if shares is not None:
-                _show_stability(ax, shares.get(int(j), 0.0), colour)
+            if counts is not None and found is not None:
+                _show_stability(ax, found.get(int(j), 0), int(counts["models"].iloc[0]), colour)
             if column == 0:
                 look: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "color": colour}
                 ax.text(-0.12, 0.5, f"most {kind}", transform=ax.transAxes, **look)
     return figure
 
 
-def _show_stability(ax: Axes, share: float, colour: str) -> None:
-    """Write below an image in what share of other models it is found; a dashed frame marks fewer than half."""
-    unstable = share < 0.5
-    ax.text(
-        0.5, -0.06, f"found by {share:.0%}", ha="center", va="top", transform=ax.transAxes, fontsize=7,
-        color="#555555" if unstable else "black", style="italic" if unstable else "normal",
-    )  # fmt: skip
-    if unstable:
-        frame = Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, linestyle="--", linewidth=2.5)
+def _show_stability(ax: Axes, found: int, models: int, colour: str) -> None:
+    """Write below an image by how many of how many it is found; what half of them find is framed."""
+    holds = 2 * found >= models
+    look: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 7.5, "color": "black" if holds else "#777777"}
+    ax.text(0.5, -0.09, f"{found} of {models}", transform=ax.transAxes, weight="bold" if holds else "normal", **look)
+    if holds:
+        frame = Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, linewidth=2.5)
         frame.set(edgecolor=colour, clip_on=False)
         ax.add_patch(frame)
 
@@ -1353,49 +1403,6 @@ def plot_channel_histogram(ax: Axes, counts: Tensor) -> Axes:
     return ax
 
 
-def plot_predicted_actual(ax: Axes, groups: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> Axes:
-    """Scatter of (predicted, actual) changes of a loss, one colour a group, with the line where both are equal."""
-    for (name, (predicted, actual)), colour in zip(groups.items(), (HELPFUL_COLOUR, HARMFUL_COLOUR, "#777777")):
-        ax.scatter(predicted, actual, s=10, color=colour, alpha=0.6, linewidths=0, label=name)
-    values = np.concatenate([np.concatenate(pair) for pair in groups.values()])
-    ends = [values.min(), values.max()]
-    ax.plot(ends, ends, color="black", linewidth=0.8, label="equal", zorder=0)
-    ax.set(xlabel="predicted change of the loss (nats)", ylabel="actual change (nats)")
-    ax.legend(frameon=False, fontsize=8)
-    return ax
-
-
-def plot_removals(ax: Axes, outcomes: pd.DataFrame, noise: float) -> Axes:
-    """Mean change of one test image's loss against the number k of images removed, with ± 2 standard errors.
-
-    outcomes: columns kind ("helpful", "harmful", "random"), k, change, a row each retraining; noise: the standard
-    error of as many retrainings from which nothing was removed, drawn as a grey band of ± 2.
-    """
-    ax.axhspan(-2 * noise, 2 * noise, color="#DDDDDD", label="seed noise, nothing removed")
-    colours = {"helpful": HELPFUL_COLOUR, "harmful": HARMFUL_COLOUR, "random": "#555555"}
-    for kind, colour in colours.items():
-        groups = outcomes[outcomes["kind"] == kind].groupby("k")["change"]
-        error = 2 * groups.std() / groups.size() ** 0.5
-        ax.errorbar(
-            error.index,
-            groups.mean(),
-            error,
-            color=colour,
-            marker="o",
-            markersize=3,
-            capsize=2,
-            label=f"{kind} removed",
-        )
-    ax.set_xscale("log")
-    ax.set_xticks(error.index, [str(k) for k in error.index])
-    ax.set_yscale(
-        "symlog", linthresh=1
-    )  # −1 … 1 linear: what can fall is the loss there was, what can rise is not bound
-    ax.set_yticks([-1, 0, 1, 3, 10, 30], ["−1", "0", "1", "3", "10", "30"])
-    ax.minorticks_off()
-    return ax
-
-
 def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS], label: str, colour: str) -> Axes:
     """A line of linear datamodeling scores with their 95 % intervals as a band."""
     ax.plot(x, [score.mean for score in scores], color=colour, marker="o", markersize=3, label=label)
@@ -1423,22 +1430,15 @@ def plot_detection(ax: Axes, curves: Mapping[str, Sequence[tuple[NDArray[Any], N
     curves: name → one `detection_curve` for each run, all of one length. Influence is drawn as a thicker line.
     """
     for name, runs in curves.items():
-        width, style = (2.2 if "influence" in name else 1.2), (":" if name == "random" else "-")
-        found = np.mean([found for _, found in runs], axis=0)
-        ax.plot(100 * runs[0][0], 100 * found, color=SCORE_COLOURS[name], linewidth=width, linestyle=style, label=name)
+        width, style = (2.2 if "influence" in name else 1.2), {"random": ":", "on the way": "--"}
+        look: dict[str, Any] = {
+            "color": SCORE_COLOURS[name.split(", ")[0]],
+            "linewidth": width,
+            "linestyle": style.get(name.split(", ")[-1], "-"),
+        }
+        ax.plot(100 * runs[0][0], 100 * np.mean([found for _, found in runs], axis=0), label=name, **look)
     ax.set(xlabel="images inspected (%)", ylabel="wrong labels found (%)", xlim=(0, 50), ylim=(0, 101))
     return ax
-
-
-def plot_flipped_histogram(ax: Axes, influence: NDArray[Any], wrong: NDArray[np.bool_], title: str) -> Axes:
-    """Influence of images with a `wrong` label and of all others: the share of each group in each bin."""
-    limit = float(np.quantile(np.abs(influence), 0.99))
-    bins = np.linspace(-limit, limit, 41)
-    for chosen, label, colour in ((~wrong, "label right", HELPFUL_COLOUR), (wrong, "label flipped", HARMFUL_COLOUR)):
-        clipped = influence[chosen].clip(-limit, limit)
-        weights = np.full(len(clipped), 1 / max(len(clipped), 1))
-        ax.hist(clipped, bins=bins.tolist(), weights=weights, alpha=0.6, label=label, color=colour)
-    return _small_panel(ax, title)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗

@@ -17,7 +17,6 @@ or runs out of time stays in the table, with the reason. INFLUENCE_FAST=1: tiny 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import json
 import os
@@ -35,11 +34,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import pandas as pd
 import peers
 import torch
 from numpy.typing import NDArray
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import notebook_support as ns
 from influence_functions import NonFiniteError
@@ -49,7 +46,7 @@ from influence_functions.metrics import LDS, linear_datamodeling_score, noise_ce
 FAST = ns.run_mode().fast
 PER_CLASS, TEST_IMAGES, HALVES, REPEATS, EPOCHS = (10, 12, 8, 2, 1) if FAST else (500, 1000, 100, 3, 16)
 TUNING_IMAGES = 200  # the first ones
-SEEDS, CHECKPOINTS = 10, 8
+SEEDS, CHECKPOINTS = 10, (1,) if FAST else (4, 6, 8, 10, 12)  # epochs
 FOLDER = ns.run_mode().data / "quality"
 TRUTH = ns.run_mode().data / "retraining-halves.npz"
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -61,7 +58,8 @@ class Method:
     """One row of the table.
 
     values    what is tried, None being the library's own default; one value: nothing to tune
-    models    how many trained models it gets, or 0: the checkpoints of the first training
+    models    how many trainings it gets
+    checkpoints   whether it gets the same five checkpoints of each training, in place of the finished model
     images    test images, fewer than all where it is too slow: time is then scaled, the score is for those images
     like      the method whose chosen value it takes over, in place of tuning
     """
@@ -72,6 +70,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     values: tuple[float | None, ...] = (None,)
     models: int = 1
+    checkpoints: bool = False
     images: int = TEST_IMAGES
     like: str = ""
     limit_s: int = 900
@@ -85,7 +84,7 @@ class Method:
 
 DATTRI, PYDVL = "dattri.algorithm", "pydvl.influence.torch"
 HESSIAN = {"hessian_images": 1000}
-SLOW = 12
+SLOW, TRAK = 12, "dimension 2,048"
 METHODS = (
     Method("ours", "ours", values=OURS, note="the default: kernel, margin, 2,000 sampled images"),
     Method("ours, fast", "ours", options={"samples": 500}, values=OURS, note="500 sampled images"),
@@ -119,7 +118,7 @@ METHODS = (
         images=SLOW,
         note="Hessian of 1,000 images",
     ),
-    Method("dattri TRAK", "dattri_trak", DATTRI, values=(0.0, 1.0, 10.0, 100.0), note="dimension 2,048"),
+    Method("dattri TRAK", "dattri_trak", DATTRI, values=(0.0, 1.0, 10.0, 100.0), note=TRAK),
     Method("pyDVL Nyström, rank 10", "pydvl_nystroem", PYDVL, {"rank": 10}, DAMPINGS, note="rank of its documentation"),
     Method("pyDVL Nyström, rank 50", "pydvl_nystroem", PYDVL, {"rank": 50}, DAMPINGS),
     Method(
@@ -132,21 +131,25 @@ METHODS = (
         note="Hessian of 1,000 images, at most 10 iterations",
     ),
     Method(
-        "captum TracInCP",
+        "captum TracInCP, 5 checkpoints",
         "captum_tracin",
         "captum.influence",
-        values=(1, 2, 4, 8),
-        models=0,
-        note="tuned: number of checkpoints of one training",
+        values=(1, 2, 5),
+        checkpoints=True,
+        note="tuned: how many of the five",
     ),
+    Method("dattri TRAK, 5 checkpoints", "dattri_trak", DATTRI, checkpoints=True, like="dattri TRAK", note=TRAK),
+    Method("ours, 5 checkpoints", "ours", checkpoints=True, like="ours", note="what the notebooks show"),
+    Method("ours, fast, 5 checkpoints", "ours", options={"samples": 500}, checkpoints=True, like="ours, fast"),
+    Method("ours, loss, 5 checkpoints", "ours", options={"measure": "loss"}, checkpoints=True, like="ours, loss"),
     Method(
         "pytorch_influence_functions",
         "package",
         images=3,
         note="10 of its 5,000 recursions (they change nothing in 0.1.1), so its time is a lower bound; sign turned",
     ),
-    Method("ours, 5 models", "ours", models=5, like="ours", note="mean of the scores"),
-    Method("dattri TRAK, 5 models", "dattri_trak", DATTRI, models=5, like="dattri TRAK", note="dimension 2,048"),
+    Method("ours, 5 models", "ours", models=5, like="ours"),
+    Method("dattri TRAK, 5 models", "dattri_trak", DATTRI, models=5, like="dattri TRAK", note=TRAK),
     Method(
         "captum TracInCP, 5 models",
         "captum_tracin",
@@ -155,8 +158,9 @@ METHODS = (
         models=5,
         note="the five final models",
     ),
-    Method("ours, 10 models", "ours", models=10, like="ours", note="mean of the scores"),
-    Method("dattri TRAK, 10 models", "dattri_trak", DATTRI, models=10, like="dattri TRAK", note="dimension 2,048"),
+    Method("ours, 10 models", "ours", models=10, like="ours"),
+    Method("ours, 10 × 5 checkpoints", "ours", models=10, checkpoints=True, like="ours", note="ten trainings"),
+    Method("dattri TRAK, 10 models", "dattri_trak", DATTRI, models=10, like="dattri TRAK", note=TRAK),
 )
 
 
@@ -189,61 +193,20 @@ def truth() -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
     return masks, losses.reshape(REPEATS, HALVES, -1)
 
 
-def checkpoint_file(epoch: int) -> Path:
-    """Where the first training's weights after `epoch` epochs are kept."""
-    return ns.run_mode().data / "models" / f"quality-epoch-{epoch:02d}.safetensors"
-
-
-def kept_epochs() -> list[int]:
-    """The epochs after which weights are kept: evenly spread, ending with the last."""
-    return sorted({max(round(EPOCHS * (part + 1) / CHECKPOINTS), 1) for part in range(CHECKPOINTS)})
-
-
-def keep_checkpoints(small: ns.ImageData) -> None:
-    """Repeat the first training and keep its weights at several epochs, with the learning rate of the last step.
-
-    A hook that torch calls after every step leaves the training itself as it is.
-    """
-    config, steps = ns.TrainConfig(epochs=EPOCHS), 0
-    per_epoch = -(-len(small) // config.batch_size)
-
-    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps % per_epoch == 0 and steps // per_epoch in kept_epochs():
-            model, group = ns.Net(), optimizer.param_groups[0]
-            names = [name for name, _ in model.named_parameters()]
-            model.load_state_dict({name: value.detach().clone() for name, value in zip(names, group["params"])})
-            about = {"train": small.fingerprint, **dataclasses.asdict(config), "learning_rate": group["lr"]}
-            ns.save_checkpoint(checkpoint_file(steps // per_epoch), model, about, pd.DataFrame())
-
-    handle = register_optimizer_step_post_hook(keep)
-    try:
-        ns.train_once(small, config)
-    finally:
-        handle.remove()
-
-
-def load_models(small: ns.ImageData, count: int) -> peers.Models:
-    """`count` models of different seeds, all of weight 1, or, for 0, the checkpoints of the first, oldest first.
+def load_models(small: ns.ImageData, count: int, checkpoints: bool = False) -> peers.Models:
+    """`count` trainings of different seeds: their finished models, or all `CHECKPOINTS` of each, oldest first.
 
     What is missing is trained: common to all methods, and never timed.
     """
-    if count:
-        folder = ns.run_mode().data / "models"
-        models = ns.train_models(small, ns.TrainConfig(epochs=EPOCHS), range(count), folder)
-        return [(model.eval(), 1.0) for model in models]
-    if not all(checkpoint_file(epoch).exists() for epoch in kept_epochs()):
-        keep_checkpoints(small)
-    checkpoints: list[tuple[torch.nn.Module, float]] = []
-    for epoch in kept_epochs():
-        weights, about, _ = ns.read_checkpoint(checkpoint_file(epoch))
-        if about["train"] != small.fingerprint:
-            raise SystemExit(f"{checkpoint_file(epoch)} was trained on other data; delete it")
-        model = ns.Net()
-        model.load_state_dict(weights)
-        checkpoints.append((model.eval(), float(about["learning_rate"])))
-    return checkpoints
+    config, folder = ns.TrainConfig(epochs=EPOCHS), ns.run_mode().data / "models"
+    trainings = ns.train_models(small, config, range(count), folder, checkpoints=CHECKPOINTS)
+    if not checkpoints:
+        return [(training.model.eval(), 1.0) for training in trainings]
+    return [
+        (model.eval(), float(training.history["learning_rate"][epoch - 1]))
+        for training in trainings
+        for epoch, model in training.checkpoints.items()
+    ]
 
 
 # ── one method, in its own process ──────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +251,7 @@ def measure(method: Method) -> dict[str, Any]:
     """Prepare, tune, score all its test images; scores to the disk, the figures as plain values."""
     importlib.import_module(method.library)
     small, asked = data()
-    models, base = load_models(small, method.models), peak()
+    models, base = load_models(small, method.models, method.checkpoints), peak()
     start = time.perf_counter()
     score = getattr(peers, method.function)(models, small, **method.options)
     prepared = time.perf_counter() - start
@@ -342,13 +305,15 @@ def by_name(name: str) -> Method:
 
 
 def opponent(method: Method) -> Method:
-    """Our row that a library's row is held against: the one with as many models."""
-    return by_name({5: "ours, 5 models", 10: "ours, 10 models"}.get(method.models, "ours"))
+    """Our row that a library's row is held against: the one of the same models, with the defaults."""
+    same = (one for one in METHODS if (one.models, one.checkpoints) == (method.models, method.checkpoints))
+    return next(one for one in same if one.function == "ours" and not one.options)
 
 
 def row(method: Method, record: dict[str, Any]) -> dict[str, Any]:
     """The figures of one method, and how far ours is ahead on the same test images, with 95 % intervals."""
-    about = {"method": method.name, "models": method.models or f"1 ({CHECKPOINTS} checkpoints)", "note": method.note}
+    models = f"{method.models} × {len(CHECKPOINTS)} checkpoints" if method.checkpoints else method.models
+    about = {"method": method.name, "models": models, "note": method.note}
     if reason := record.get("reason"):
         return {**about, "reason": reason}
     result = lds(np.load(method.file.with_suffix(".npy")))
@@ -403,7 +368,6 @@ def main(only: list[str]) -> None:
     """Train what is missing, measure every method (or `only` those, and show what is kept), print and record."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     load_models(data()[0], SEEDS)
-    load_models(data()[0], 0)
     truth()  # complain now, not after half an hour
     chosen = [method for method in METHODS if not only or method.name in only or method.file.exists()]
     records = {method: in_own_process(method) for method in chosen}

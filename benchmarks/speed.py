@@ -40,7 +40,7 @@ def prepare() -> tuple[nn.Module, ns.ImageData, ns.ImageData]:
     train, test = ns.load_data("cifar10")
     model, checkpoint = ns.Net(), Path("data/net.safetensors")
     if checkpoint.exists():
-        model.load_state_dict(ns.read_checkpoint(checkpoint)[0])
+        model.load_state_dict(ns.read_checkpoint(checkpoint).states[0])
     return model.to(pick_device()), train, test
 
 
@@ -63,13 +63,13 @@ def time_pass(model: nn.Module, train: ns.ImageData) -> list[float]:
     return seconds[1:]  # the first pass warms up
 
 
-def time_engine(n: int, m: int) -> dict[str, Any]:
-    """The whole call, solve and score, with the default settings."""
+def time_engine(n: int, m: int, models: int = 1) -> dict[str, Any]:
+    """The whole call, solve and score, with the default settings, for so many models of one size at once."""
     model, train, test = prepare()
     subset, runs = train.subset(range(n)), []
     for _ in range(REPEATS if m == 10 and n == len(train) else 1):
         start = time.perf_counter()
-        health = compute_influences(model, subset, test, range(m)).health
+        health = compute_influences([model] * models, subset, test, range(m)).health
         runs.append((time.perf_counter() - start, health.seconds_solve, health.seconds_score))
     whole, solve, score = (list(column) for column in zip(*runs))
     return {"seconds": whole, "solve": solve, "score": score}
@@ -158,6 +158,16 @@ def print_row(*cells: Any) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
+def report_checkpoints(figures: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    """Print the row of five checkpoints, against one model on the same images, and return its record."""
+    line, score = summary(figures), statistics.median(figures["score"])
+    line |= {"to_one_model": round(statistics.median(figures["seconds"]) / statistics.median(one["seconds"]), 2)}
+    spread, halves = f"{line['low']}-{line['high']}", f"{statistics.median(figures['solve']):.1f} + {score:.1f}"
+    what = f"five checkpoints, 50,000 × 10: {line['to_one_model']} × one model"
+    print_row(what, line["median"], spread, line["peak"], halves, "", "")
+    return line
+
+
 def report_resnet(figures: dict[str, Any]) -> dict[str, Any]:
     """Print the row of the ResNet-20 and return its record."""
     line, score = summary(figures), statistics.median(figures["score"])
@@ -192,6 +202,7 @@ def main() -> None:
         spread = f"{line['low']}-{line['high']}"
         ratios = (line["score_to_plain"], f"{line['package_ratio']:,}")
         print_row(f"influence, {n:,} × {m} test images", line["median"], spread, line["peak"], halves, *ratios)
+    record["checkpoints 50000 x 10"] = report_checkpoints(in_own_process("engine", 50_000, 10, 5), engine[50_000, 10])
     record["resnet20 2000 x 10"] = report_resnet(in_own_process("resnet", 2_000, 10))
     print_row("package, 50,000 × 1 test image", round(theirs), "scaled", round(package["peak"], 2), "", "", 1)
     part = f"{PART_DEPTH} of {DOCUMENTED_DEPTH:,} recursions and {PART_IMAGES:,} of 50,000 gradients"

@@ -8,6 +8,7 @@ It is stated here once, holds everywhere in the package, and is guarded by a tes
     compute_influences   (m, n) scores of every training sample on m test samples
     mean_influences      (n,) its mean over a whole test set         self_influences   (k,) of samples on themselves
     sweep_damping        the same scores at several dampings, for the price of little more than one
+    noisy_copies         a finished model and its neighbours, to average over where a training has left no checkpoints
     InfluenceSettings    how: solver, measure, damping, …            Influences, Health   what came out, and how well
 
 A new kind of anything is one object of yours, and no file of ours is touched:
@@ -29,6 +30,7 @@ Agarwal, Bullins & Hazan, "Second-Order Stochastic Optimization for Machine Lear
 
 from ._support import CorruptFileError, NonFiniteError, pick_device
 from .data import Source
+from .ensemble import noisy_copies
 from .layers import layer_rule
 from .measures import MEASURES, Measure, tokens_measure
 from .results import Influences
@@ -50,6 +52,7 @@ __all__ = [
     "compute_influences",
     "layer_rule",
     "mean_influences",
+    "noisy_copies",
     "pick_device",
     "self_influences",
     "solver",

@@ -114,7 +114,7 @@ def count_top_images(models: Sequence[Influences], k: int = 10) -> pd.DataFrame:
     """In how many of several models' results is a training image among the k most helpful, or most harmful?
 
     One row for each (test_index, kind, train_index) that occurs at all: `found_by` of `models` models. All results
-    must be about the same test images. See `stability_of`.
+    must be about the same test images. See `found_by`.
     """
     if not models or any(one.test_indices.tolist() != models[0].test_indices.tolist() for one in models):
         raise ValueError("pass the influences of at least one model, all for the same test images")
@@ -129,17 +129,19 @@ def count_top_images(models: Sequence[Influences], k: int = 10) -> pd.DataFrame:
     return counts.assign(models=len(models))
 
 
-def stability_of(counts: pd.DataFrame, test_index: int, kind: str) -> dict[int, float] | None:
-    """train_index → share of the models that have it in their top; None when that test image was not measured.
+def found_by(counts: pd.DataFrame, test_index: int, kind: str) -> dict[int, int] | None:
+    """train_index → how many of the models have it in their top; None when that test image was not measured.
+
+    counts: of `count_top_images`; kind: "helpful" or "harmful". An image that no model has is not listed.
 
     >>> from influence_functions import compute_influences
     >>> points, classes = torch.randn(60, 4), torch.arange(60) % 3
     >>> models = [compute_influences(nn.Linear(4, 3), (points, classes), (points, classes), [7]) for _ in range(2)]
-    >>> sorted(stability_of(count_top_images(models, k=5), 7, "helpful").values())[-1] in (0.5, 1.0)
+    >>> sorted(found_by(count_top_images(models, k=5), 7, "helpful").values())[-1] in (1, 2)
     True
     """
     measured = counts[counts["test_index"] == test_index]
     if measured.empty:
         return None
     chosen = measured[measured["kind"] == kind]
-    return dict(zip(chosen["train_index"].tolist(), (chosen["found_by"] / chosen["models"]).tolist()))
+    return dict(zip(chosen["train_index"].tolist(), chosen["found_by"].tolist()))

@@ -116,7 +116,7 @@ def digits():
 def trained(digits, path, config=CONFIG, retrain=False):
     ns.seed_everything(0)
     model = ns.Net()
-    return model, ns.train_or_load(model, *digits, config, path, retrain)
+    return model, ns.train_or_load(model, digits, config, path, retrain).history
 
 
 def test_training_learns_and_is_repeatable(digits, tmp_path):
@@ -141,6 +141,54 @@ def test_a_checkpoint_is_used_only_for_this_very_configuration_and_data(digits, 
     assert "made with another epochs, train" in capsys.readouterr().out
     trained((train.subset(range(100)), test), path, retrain=True)
     assert "training again" not in capsys.readouterr().out
+
+
+def test_checkpoints_are_the_model_on_its_way_and_come_back_from_the_file(digits, tmp_path, capsys):
+    config, path = ns.TrainConfig(epochs=3, batch_size=64), tmp_path / "net.safetensors"
+    models, trainings = [ns.Net() for _ in range(2)], []
+    for model in models:
+        ns.seed_everything(0)
+        model.load_state_dict(ns.Net().state_dict())
+        trainings.append(ns.train_or_load(model, digits, config, path, False, checkpoints=(3, 1)))
+    assert "loaded" in capsys.readouterr().out
+    made, loaded = trainings
+    assert list(made.checkpoints) == list(loaded.checkpoints) == [1, 3]
+    states = [[one.state_dict() for one in (training.model, *training.checkpoints.values())] for training in trainings]
+    for a, b in zip(*states):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    final, first, last = states[1]
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    assert not torch.equal(final["fc3.weight"], first["fc3.weight"])
+    ns.seed_everything(0)
+    again = ns.Net()
+    ns.train_model(again, digits[0], config)
+    assert torch.equal(again.fc3.weight, final["fc3.weight"]), "keeping weights changes nothing"
+    history = loaded.history
+    assert history["learning_rate"].iloc[-1] < history["learning_rate"].iloc[0] < config.peak_lr
+
+
+def test_a_file_without_a_wanted_checkpoint_is_made_again_and_one_with_more_serves(digits, tmp_path, capsys):
+    path = tmp_path / "net.safetensors"
+    trained(digits, path)
+    for wanted, words in (((1, 2), "has no weights of epoch 1, 2"), ((2,), "loaded"), ((), "loaded")):
+        training = ns.train_or_load(ns.Net(), digits, CONFIG, path, False, wanted)
+        assert words in capsys.readouterr().out
+        assert tuple(training.checkpoints) == wanted
+    with pytest.raises(ValueError, match=r"epochs in 1\.\.2, not \[0, 3\]"):
+        ns.train_model(ns.Net(), digits[0], CONFIG, checkpoints=[0, 3])
+
+
+def test_checkpoints_of_any_model_with_buffers(digits, tmp_path):
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3072, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 10)
+    )
+    made = ns.train_or_load(model, digits, CONFIG, tmp_path / "a.safetensors", False, (1,))
+    other = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3072, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 10)
+    )
+    loaded = ns.train_or_load(other, digits, CONFIG, tmp_path / "a.safetensors", False, (1,))
+    assert torch.equal(made.checkpoints[1][2].running_mean, loaded.checkpoints[1][2].running_mean)
+    assert not torch.equal(loaded.checkpoints[1][2].running_mean, loaded.model[2].running_mean)
 
 
 def test_a_truncated_checkpoint_is_named_and_neither_used_nor_overwritten(digits, tmp_path):

@@ -26,8 +26,8 @@ from influence_functions.solvers import prepare
 
 PACKAGE = Path(__file__).resolve().parent.parent / "influence_functions"
 FROM_THE_GROUND_UP = (
-    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "private", "hooks", "gradients",
-    "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa",
+    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "private", "ensemble", "hooks",
+    "gradients", "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa",
     "solvers.identity", "solvers", "scoring", "results", "scores", "metrics", "exact", "compat.config", "compat.log",
     "compat.checks", "compat.original", "compat.files", "compat.kept", "compat.run", "compat", "",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 import notebook_support as ns
 from influence_functions.metrics import LDS
+from influence_functions.scores import average
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -25,14 +26,15 @@ def small(monkeypatch, tmp_path):
     return train.subset(range(200))
 
 
-def test_kept_weights_are_those_of_plain_training(small):
-    quality.keep_checkpoints(small)
-    plain = ns.train_once(small, ns.TrainConfig(epochs=2))
-    kept, identity, _ = ns.read_checkpoint(quality.checkpoint_file(2))
-    assert all(torch.equal(kept[name], value) for name, value in plain.state_dict().items())
-    assert identity["learning_rate"] < ns.TrainConfig().peak_lr
-    first, _, _ = ns.read_checkpoint(quality.checkpoint_file(1))
-    assert not torch.equal(first["fc3.bias"], kept["fc3.bias"])
+def test_the_checkpoints_come_with_their_learning_rates(small, monkeypatch):
+    monkeypatch.setattr(quality, "CHECKPOINTS", (1, 2))
+    ((final, one),) = quality.load_models(small, 1)
+    (first, high), (last, low) = quality.load_models(small, 1, checkpoints=True)
+    assert one == 1
+    assert torch.equal(final.fc3.bias, last.fc3.bias)
+    assert not torch.equal(first.fc3.bias, last.fc3.bias)
+    assert 0 < low < high <= ns.TrainConfig().peak_lr
+    assert len(quality.load_models(small, 2, checkpoints=True)) == 4
 
 
 def test_ours_is_the_mean_over_models(small):
@@ -41,7 +43,7 @@ def test_ours_is_the_mean_over_models(small):
     test = small.subset([5, 6])
     both = peers.ours(models, small, samples=50)(test, 0.1)
     single = [peers.ours([model], small, samples=50)(test, 0.1) for model in models]
-    np.testing.assert_allclose(both, np.mean(single, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(both, average(single), rtol=1e-5)
 
 
 def test_tuning_reports_what_fails_and_picks_the_best(monkeypatch):

@@ -169,10 +169,10 @@ class Named(nn.Module):
 def test_03_a_checkpoint_of_another_model_is_not_loaded(tmp_path, capsys, other, words):
     train, test = (data.subset(range(60)) for data in ns.load_data("digits"))
     config, path = ns.TrainConfig(epochs=1, batch_size=16), tmp_path / "net.safetensors"
-    ns.train_or_load(Named(F.relu), train, test, config, path, retrain=False)
-    ns.train_or_load(Named(F.relu), train, test, config, path, retrain=False)
+    ns.train_or_load(Named(F.relu), (train, test), config, path, retrain=False)
+    ns.train_or_load(Named(F.relu), (train, test), config, path, retrain=False)
     assert "loaded" in capsys.readouterr().out
-    ns.train_or_load(other(), train, test, config, path, retrain=False)
+    ns.train_or_load(other(), (train, test), config, path, retrain=False)
     said = capsys.readouterr().out
     assert "training again" in said
     assert any(word in said for word in words.split("|"))
@@ -546,7 +546,7 @@ def test_12_tied_weights_are_saved_and_loaded(tmp_path):
     train, test = (data.subset(range(40)) for data in ns.load_data("digits"))
     config, path, models = ns.TrainConfig(epochs=1, batch_size=16), tmp_path / "tied.safetensors", [Tied(), Tied()]
     for model in models:
-        ns.train_or_load(model, train, test, config, path, retrain=False)
+        ns.train_or_load(model, (train, test), config, path, retrain=False)
     for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values()):
         assert torch.equal(one, other)
     assert models[1].b.weight is models[1].out.weight
@@ -633,8 +633,8 @@ def test_14_settings_of_other_libraries_numbers_are_saved(tmp_path):
 def test_15_a_last_batch_of_one_sample():
     train, _ = ns.load_data("digits")
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
-    history = ns.train_model(model, train.subset(range(33)), ns.TrainConfig(epochs=2, batch_size=16))
-    assert len(history) == 2
+    training = ns.train_model(model, train.subset(range(33)), ns.TrainConfig(epochs=2, batch_size=16))
+    assert len(training.history) == 2
     for n, size in ((33, 16), (32, 16), (34, 16), (1, 16), (17, 16), (16, 16)):
         batches = [labels for _, labels in ns.shuffled_batches(train.subset(range(n)), size, torch.Generator())]
         assert len(batches) == ns.batches_of(n, size)

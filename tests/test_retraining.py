@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 import notebook_support as ns
 from influence_functions import Influences
 from influence_functions.exact import leave_one_out, removal_effect
-from influence_functions.metrics import count_top_images, linear_datamodeling_score, noise_ceiling, stability_of
+from influence_functions.metrics import count_top_images, found_by, linear_datamodeling_score, noise_ceiling
 
 CONFIG = ns.TrainConfig(epochs=1, batch_size=32, peak_lr=0.02)
 
@@ -38,9 +38,9 @@ def trained(monkeypatch):
     """The seeds of all trainings that this process itself carries out."""
     seeds, original = [], ns.train_once
 
-    def counted(train, config, kept=None):
+    def counted(train, config, *rest, **named):
         seeds.append(config.seed)
-        return original(train, config, kept)
+        return original(train, config, *rest, **named)
 
     monkeypatch.setattr(ns, "train_once", counted)
     return seeds
@@ -169,7 +169,7 @@ def test_retraining_asks_the_model_that_training_gives(little, tmp_path):
     (train, test), (plan) = little, make_plan(3)
     found = ns.retrain_all(train, test, plan, CONFIG, tmp_path / "cache.npz", jobs=1)
     kept, seed = plan[1]
-    result = ns.evaluate(ns.train_once(train.subset(kept), dataclasses.replace(CONFIG, seed=seed)), test)
+    result = ns.evaluate(ns.train_once(train.subset(kept), dataclasses.replace(CONFIG, seed=seed)).model, test)
     np.testing.assert_allclose(found.losses[1], result.losses, atol=5e-3)  # float16 in the cache
     assert found.correct[1].tolist() == (result.predictions == result.labels).tolist()
     assert found.rows([1]).margins.shape == (1, 20)
@@ -247,8 +247,8 @@ def test_models_are_kept_reused_and_replaced(little, tmp_path, trained, capsys):
     first = ns.train_models(train, CONFIG, [3, 4], tmp_path, jobs=1)
     again = ns.train_models(train, CONFIG, [4, 3], tmp_path, jobs=1)
     assert trained == [3, 4]
-    assert torch.equal(first[0].fc3.weight, again[1].fc3.weight)
-    assert not torch.equal(first[0].fc3.weight, first[1].fc3.weight)
+    assert torch.equal(first[0].model.fc3.weight, again[1].model.fc3.weight)
+    assert not torch.equal(first[0].model.fc3.weight, first[1].model.fc3.weight)
     ns.train_models(train, dataclasses.replace(CONFIG, epochs=2), [3], tmp_path, jobs=1)
     assert trained == [3, 4, 3]
     (file,) = tmp_path.glob("net-*-seed-4.safetensors")
@@ -257,6 +257,19 @@ def test_models_are_kept_reused_and_replaced(little, tmp_path, trained, capsys):
     assert trained == [3, 4, 3, 4]
     assert "damaged" in capsys.readouterr().out
     assert file.with_name(f"{file.name}.damaged").exists()
+
+
+def test_checkpoints_of_kept_trainings_come_back_and_are_made_where_they_lack(little, tmp_path, trained):
+    train, config = little[0], dataclasses.replace(CONFIG, epochs=3)
+    plain, *_ = ns.train_models(train, config, [3], tmp_path, jobs=1)
+    assert plain.checkpoints == {}
+    first, *_ = ns.train_models(train, config, [3], tmp_path, jobs=1, checkpoints=(1, 2))
+    again, *_ = ns.train_models(train, config, [3], tmp_path, jobs=1, checkpoints=(2,))
+    assert trained == [3, 3], "the file without checkpoints did not fit, the one with more than asked for does"
+    assert list(first.checkpoints) == [1, 2]
+    assert list(again.checkpoints) == [2]
+    assert torch.equal(first.checkpoints[2].fc3.weight, again.checkpoints[2].fc3.weight)
+    assert torch.equal(plain.model.fc3.weight, first.model.fc3.weight), "keeping weights changes nothing"
 
 
 # ── stability and tables ────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,9 +283,10 @@ def influences(rows, tests=(7,)):
 def test_stability_counts_models_by_hand():
     models = [influences([[5, 4, 0, -4, -5]]), influences([[5, 0, 4, -5, -4]]), influences([[-9, 4, 5, 6, 0]])]
     counts = count_top_images(models, k=2)
-    assert stability_of(counts, 7, "helpful") == pytest.approx({0: 2 / 3, 1: 1 / 3, 2: 2 / 3, 3: 1 / 3})
-    assert stability_of(counts, 7, "harmful") == pytest.approx({0: 1 / 3, 3: 2 / 3, 4: 1.0})
-    assert stability_of(counts, 8, "helpful") is None, "never measured is not the same as found by none"
+    assert found_by(counts, 7, "helpful") == {0: 2, 1: 1, 2: 2, 3: 1}
+    assert found_by(counts, 7, "harmful") == {0: 1, 3: 2, 4: 3}
+    assert counts["models"].tolist() == [3] * len(counts)
+    assert found_by(counts, 8, "helpful") is None, "never measured is not the same as found by none"
     with pytest.raises(ValueError, match="same test images"):
         count_top_images([models[0], influences([[1, 2, 3, 4, 5]], tests=[8])])
 
@@ -299,8 +313,8 @@ def test_models_of_several_data_sets_are_trained_on_their_own(little, tmp_path):
     train, _ = little
     halves = [train.subset(range(50)), train.subset(range(50, 100))]
     found = ns.train_models(halves, CONFIG, [7, 7], tmp_path, jobs=1)
-    for half, model in zip(halves, found):
-        expected = ns.train_once(half, dataclasses.replace(CONFIG, seed=7))
-        assert torch.equal(model.fc3.bias, expected.fc3.bias)
+    for half, training in zip(halves, found):
+        expected = ns.train_once(half, dataclasses.replace(CONFIG, seed=7)).model
+        assert torch.equal(training.model.fc3.bias, expected.fc3.bias)
     with pytest.raises(ValueError, match="2 data sets for 3 seeds"):
         ns.train_models(halves, CONFIG, [1, 2, 3], tmp_path)

@@ -15,6 +15,7 @@ from influence_functions import (
     Source,
     compute_influences,
     mean_influences,
+    noisy_copies,
     self_influences,
     sweep_damping,
 )
@@ -212,3 +213,55 @@ def test_a_tuple_of_inputs_is_what_the_model_is_called_with(blobs):
     np.testing.assert_allclose(compute_influences(model, samples, samples, [0, 7], settings).scores, expected)
     plain = compute_influences(whole, blobs, blobs, [0, 7], settings).scores
     assert np.corrcoef(expected.ravel(), plain.ravel())[0, 1] > 0.9  # one bias more, the same function
+
+
+class Awkward(nn.Module):
+    """Normalisation whose weights are all equal, a buffer, a frozen layer and a weight used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.norm, self.a, self.b = (
+            nn.Linear(60, 60),
+            nn.BatchNorm1d(60),
+            nn.Linear(60, 60),
+            nn.Linear(60, 60),
+        )
+        self.frozen.requires_grad_(requires_grad=False)
+        self.b.weight = self.a.weight
+        self.out = nn.Linear(60, 3)
+
+    def forward(self, x):
+        return self.out(self.b(self.a(self.norm(self.frozen(x))).tanh()))
+
+
+def test_noisy_copies_differ_by_so_much_and_only_where_the_model_learns():
+    torch.manual_seed(0)
+    model = Awkward().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    copies = noisy_copies(model, count=3, noise=0.5, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    for one in copies:
+        assert not one.training
+        assert one.b.weight is one.a.weight
+        assert torch.equal(one.frozen.weight, model.frozen.weight)
+        assert torch.equal(one.norm.weight, model.norm.weight), "all equal: nothing to measure the noise by"
+        assert torch.equal(one.norm.running_mean, model.norm.running_mean)
+        moved = (one.a.weight - model.a.weight).std() / model.a.weight.std()
+        assert moved.item() == pytest.approx(0.5, rel=0.05)
+    assert not torch.equal(copies[0].a.weight, copies[1].a.weight)
+    again, other = noisy_copies(model, count=1, noise=0.5, seed=4)[0], noisy_copies(model, 1, 0.5, seed=5)[0]
+    assert torch.equal(again.a.weight, copies[0].a.weight)
+    assert not torch.equal(other.a.weight, copies[0].a.weight)
+    data = torch.randn(40, 60), torch.arange(40) % 3
+    found = compute_influences(copies, data, data, [0], samples=40, device="cpu")
+    assert len(found.members) == 3
+    assert found.health.converged
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"noise": 0.0}, {"noise": -1.0}, {"noise": float("nan")}])
+def test_noisy_copies_say_what_is_wrong(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        noisy_copies(nn.Linear(2, 2), **wrong)
