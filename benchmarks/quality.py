@@ -46,7 +46,7 @@ from influence_functions.metrics import LDS, linear_datamodeling_score, noise_ce
 FAST = ns.run_mode().fast
 PER_CLASS, TEST_IMAGES, HALVES, REPEATS, EPOCHS = (10, 12, 8, 2, 1) if FAST else (500, 1000, 100, 3, 16)
 TUNING_IMAGES = 200  # the first ones
-SEEDS, CHECKPOINTS = 10, (1,) if FAST else (4, 6, 8, 10, 12)  # epochs
+SEEDS, CHECKPOINTS = 10, (1,) if FAST else (4, 7, 10, 13, 16)  # epochs
 FOLDER = ns.run_mode().data / "quality"
 TRUTH = ns.run_mode().data / "retraining-halves.npz"
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
