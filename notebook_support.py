@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -674,7 +675,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         states: dict[int, State] = {0: {}}
         with safe_open(str(path), framework="pt") as file:
             for key in file.offset_keys():
-                epoch, name = key.removeprefix("epoch-").split("/") if "/" in key else ("0", key)
+                early = re.fullmatch(r"epoch-(\d+)/(.+)", key)  # a layer's own name may hold a slash, too
+                epoch, name = early.groups() if early else (0, key)
                 states.setdefault(int(epoch), {})[name] = file.get_tensor(key)
             header = file.metadata() or {}
         return Checkpoint(states, json.loads(header["identity"]), pd.DataFrame(json.loads(header["history"])))

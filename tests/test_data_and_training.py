@@ -191,6 +191,16 @@ def test_checkpoints_of_any_model_with_buffers(digits, tmp_path):
     assert not torch.equal(loaded.checkpoints[1][2].running_mean, loaded.model[2].running_mean)
 
 
+def test_a_layer_may_have_a_slash_in_its_name(digits, tmp_path, capsys):
+    models = [torch.nn.Sequential(torch.nn.Flatten()) for _ in range(2)]
+    for model in models:
+        model.add_module("head/out", torch.nn.Linear(3072, 10))
+    made, loaded = (ns.train_or_load(one, digits, CONFIG, tmp_path / "a.safetensors", False, (1,)) for one in models)
+    assert "loaded" in capsys.readouterr().out
+    for a, b in ((made.model, loaded.model), (made.checkpoints[1], loaded.checkpoints[1])):
+        assert torch.equal(a.state_dict()["head/out.weight"], b.state_dict()["head/out.weight"])
+
+
 def test_a_truncated_checkpoint_is_named_and_neither_used_nor_overwritten(digits, tmp_path):
     path = tmp_path / "net.safetensors"
     trained(digits, path)
