@@ -50,11 +50,11 @@ def ours(models: Models, train: ns.ImageData, **options: Any) -> Score:
     return score
 
 
-def gradient_product(models: Models, train: ns.ImageData) -> Score:
+def gradient_product(models: Models, train: ns.ImageData, measure: str = "loss") -> Score:
     """The baseline without any curvature: `solver="identity"`, for which damping is a mere factor."""
 
     def score(test: ns.ImageData, _: float | None) -> NDArray[np.float32]:
-        return compute_influences(models[0][0], train, test, solver="identity", measure="loss").scores
+        return compute_influences(models[0][0], train, test, solver="identity", measure=measure).scores
 
     return score
 
@@ -63,7 +63,11 @@ def gradient_product(models: Models, train: ns.ImageData) -> Score:
 
 
 def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> Score:
-    """EK-FAC (the default strategy) on all Conv2d and Linear layers, true Fisher; "margin": as its CIFAR-10 example."""
+    """EK-FAC (the default strategy) on all Conv2d and Linear layers, true Fisher.
+
+    Its CIFAR-10 example takes the margin of the test images and the loss of the training images. That changes no
+    ranking, the margin's gradient being the loss's times 1 / (1 − p); so here `measure` is that of both.
+    """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -73,7 +77,7 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
             logits, labels = model(batch[0]), batch[1]
             if sample:  # labels drawn from the model's own prediction make it the true Fisher
                 labels = torch.multinomial(logits.detach().softmax(1), 1).flatten()
-            return F.cross_entropy(logits, labels, reduction="sum")
+            return MEASURES[measure].values(logits, labels).sum()
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             return MEASURES[measure].values(model(batch[0]), batch[1]).sum()
@@ -100,8 +104,10 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
 DATTRI_BATCH = 2500  # fastest here: test gradients, and TRAK's random matrix, are made anew for every training batch
 
 
-def dattri_task(models: Models, margin: bool = False) -> Any:
-    """Its task: loss and model in the style of torch.func; TRAK wants the margin of one image at a time instead.
+def dattri_task(models: Models, measure: str = "loss", trak: bool = False) -> Any:
+    """Its task: what is measured (of test and training images, and in the curvature) in the style of torch.func.
+
+    trak: in place of `measure` TRAK's own margin, of one image at a time.
 
     Its attributors are called under `torch.no_grad()`, which torch.func does not mind, as its TRAK example does: else
     autograd records every product with the Hessian, and 100 of them on 100 images take 10 GB.
@@ -110,15 +116,15 @@ def dattri_task(models: Models, margin: bool = False) -> Any:
 
     model = copy.deepcopy(models[0][0]).eval()
 
-    def loss(params: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(functional_call(model, params, (data[0],)), data[1])
+    def measured(params: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+        return MEASURES[measure].values(functional_call(model, params, (data[0],)), data[1]).mean()
 
     def log_odds(params: dict[str, Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-        log_probability = -loss(params, (data[0][None], data[1][None]))
+        log_probability = -F.cross_entropy(functional_call(model, params, (data[0][None],)), data[1][None])
         return log_probability - torch.log(1 - torch.exp(log_probability))
 
     weights = [copy.deepcopy(model.state_dict()) for model, _ in models]
-    return AttributionTask(loss_func=log_odds if margin else loss, model=model, checkpoints=weights)
+    return AttributionTask(loss_func=log_odds if trak else measured, model=model, checkpoints=weights)
 
 
 def dattri_cg(models: Models, train: ns.ImageData, hessian_images: int = 5000, block: int = 4) -> Score:
@@ -159,11 +165,11 @@ def dattri_arnoldi(models: Models, train: ns.ImageData, hessian_images: int = 50
     return score
 
 
-def dattri_ekfac(models: Models, train: ns.ImageData) -> Score:
+def dattri_ekfac(models: Models, train: ns.ImageData, measure: str = "loss") -> Score:
     """`IFAttributorEKFAC`: the Linear layers only (it knows no convolution), given labels (empirical Fisher)."""
     from dattri.algorithm import IFAttributorEKFAC
 
-    attributor = IFAttributorEKFAC(dattri_task(models))
+    attributor = IFAttributorEKFAC(dattri_task(models, measure))
     attributor.cache(as_loader(train, 500))
 
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
@@ -186,7 +192,7 @@ def dattri_trak(models: Models, train: ns.ImageData, dimension: int = 2048) -> S
     def score(test: ns.ImageData, damping: float | None) -> NDArray[np.float32]:
         projector = {"proj_dim": dimension, "device": "cpu"}
         attributor = TRAKAttributor(
-            dattri_task(models, margin=True), probability, projector, regularization=damping or 0.0
+            dattri_task(models, trak=True), probability, projector, regularization=damping or 0.0
         )
         with torch.no_grad():
             attributor.cache(as_loader(train, DATTRI_BATCH))
@@ -243,11 +249,14 @@ def pydvl_nystroem(models: Models, train: ns.ImageData, rank: int = 10) -> Score
 # ── captum and pytorch_influence_functions ──────────────────────────────────────────────────────────────────────────
 
 
-def captum_tracin(models: Models, train: ns.ImageData) -> Score:
+def captum_tracin(models: Models, train: ns.ImageData, measure: str = "loss") -> Score:
     """`TracInCP`, weighted by learning rates; the value: how many checkpoints, evenly spread, with the last."""
     from captum.influence import TracInCP
 
     model = copy.deepcopy(models[-1][0]).eval()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return MEASURES[measure].values(outputs, targets).sum()
 
     def load(target: nn.Module, checkpoint: tuple[nn.Module, float]) -> float:
         target.load_state_dict(checkpoint[0].state_dict())
@@ -256,7 +265,6 @@ def captum_tracin(models: Models, train: ns.ImageData) -> Score:
     def score(test: ns.ImageData, count: float | None) -> NDArray[np.float32]:
         step = max(len(models) // int(count or len(models)), 1)
         chosen = list(models)[::-1][::step][::-1]
-        loss = nn.CrossEntropyLoss(reduction="sum")
         tracin = TracInCP(
             model, as_dataset(train), chosen, load, loss_fn=loss, batch_size=500, sample_wise_grads_per_batch=True
         )
