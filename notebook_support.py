@@ -376,6 +376,17 @@ def class_means(data: ImageData) -> Tensor:
     return (sums / counts[:, None]).float().view(-1, *data.images.shape[1:])
 
 
+def colour_features(data: ImageData, classes: Sequence[int], per_class: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each colour channel, and a constant, of the first images of some classes; their labels.
+
+    (k, 7) float64 of normalised pixels, (k,) int64 that count from 0 in the order of `classes` (ascending).
+    """
+    chosen = torch.cat([torch.where(data.labels == c)[0][:per_class] for c in classes])
+    pixels = normalise(data.images[chosen]).double()
+    features = torch.cat([pixels.mean((2, 3)), pixels.std((2, 3)), torch.ones(len(chosen), 1)], dim=1)
+    return features, torch.searchsorted(torch.tensor(classes), data.labels[chosen])
+
+
 def image_details(images: Tensor) -> Tensor:
     """What is left of uint8 images (n, 3, 32, 32) without brightness, contrast and slow change: (n, 1728) unit rows.
 
@@ -1272,29 +1283,10 @@ def show_image(ax: Axes, image: Tensor, title: str = "", colour: str = "black") 
     return ax
 
 
-def plot_class_counts(ax: Axes, train: ImageData, test: ImageData) -> Axes:
-    """Train and test images of each class as paired bars."""
-    positions = np.arange(len(train.class_names))
-    for data, label, shift, colour in ((train, "train", -0.2, "#0072B2"), (test, "test", 0.2, "#E69F00")):
-        counts = torch.bincount(data.labels, minlength=len(positions)).numpy()
-        bars = ax.bar(positions + shift, counts, width=0.4, label=f"{label}: {len(data):,} images", color=colour)
-        ax.bar_label(bars, labels=[f"{count:,}" for count in counts], fontsize=6, padding=1)
-    ax.set_xticks(positions, train.class_names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_ylabel("images")
-    ax.margins(y=0.25)
-    ax.legend(loc="upper center", ncols=2, frameon=False)
-    return ax
-
-
-def plot_score_histogram(ax: Axes, scores: NDArray[Any], own: NDArray[np.bool_], title: str) -> Axes:
-    """Scores (n,) of one test image: training images with its `own` label (n,) against all others, log counts."""
-    limit = float(np.quantile(np.abs(scores), 0.999))
-    bins = np.linspace(-limit, limit, 41).tolist()
-    for chosen, label, colour in ((~own, "other labels", "#BBBBBB"), (own, "own label", HELPFUL_COLOUR)):
-        clipped = scores[chosen].clip(-limit, limit)
-        ax.hist(clipped, bins=bins, histtype="stepfilled", alpha=0.8, label=label, color=colour)
-    ax.set_yscale("log")
-    return small_panel(ax, title)
+def signed(value: float, decimals: int) -> str:
+    """A number with its sign, as a figure prints it: "+0.50", "−0.50" with a real minus, "0.00" without any."""
+    text = f"{value:+.{decimals}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
 
 
 def small_panel(ax: Axes, title: str) -> Axes:
@@ -1325,10 +1317,12 @@ def plot_influential(
         ("helpful", influences.helpful(i, k), HELPFUL_COLOUR),
         ("harmful", influences.harmful(i, k), HARMFUL_COLOUR),
     )
+    largest = max(abs(influences.scores[i, j]) for _, chosen, _ in rows for j in chosen)
+    decimals = max(0, 1 - math.floor(math.log10(largest or 1)))  # two digits of the largest
     for row, (kind, chosen, colour) in enumerate(rows):
         found = None if counts is None else found_by(counts, index, kind)
         for column, j in enumerate(chosen):
-            title = f"{influences.scores[i, j]:+.2g}\n{train.class_of(j)}\n#{j}"
+            title = f"{signed(influences.scores[i, j], decimals)}\n{train.class_of(j)}\n#{j}"
             ax = show_image(figure.add_subplot(grid[row, column + 1]), train.images[j], title, colour)
             if counts is not None and found is not None:
                 _show_stability(ax, found.get(int(j), 0), int(counts["models"].iloc[0]), colour)
@@ -1399,7 +1393,7 @@ def plot_pairs(train: ImageData, test: ImageData, pairs: pd.DataFrame, columns: 
 def plot_channel_histogram(ax: Axes, counts: Tensor) -> Axes:
     """Share of the pixels (in per cent) at each value 0..255, red, green and blue, from `counts` (3, 256)."""
     share = 100 * counts / counts.sum(1, keepdim=True)
-    for values, name, colour in zip(share, CHANNELS, ("#CC3311", "#228833", "#0072B2")):
+    for values, name, colour in zip(share, CHANNELS, ("#CC3311", "#228833", "#3344BB")):
         ax.plot(np.arange(256), values, color=colour, linewidth=1, label=name)
     ax.set(xlim=(-3, 258), ylim=(0, None), xticks=(0, 128, 255))
     return ax
@@ -1415,30 +1409,32 @@ def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS
 
 
 SCORE_COLOURS = {
-    "self-influence": HELPFUL_COLOUR,
-    "influence": "#56B4E9",
-    "gradient norm": "#009E73",
-    "loss": HARMFUL_COLOUR,
-    "margin": "#E69F00",
-    "out of fold": "#CC79A7",
-    "confident learning": "#882255",
+    "self-influence": "#332288",
+    "influence": "#AA3377",
+    "gradient norm": "#117733",
+    "loss": "#882255",
+    "margin": "#CCAA00",
+    "out of fold": "#66AADD",
+    "confident learning": "#999933",
     "random": "#777777",
 }
+
+
+def score_look(name: str) -> dict[str, Any]:
+    """How a score is drawn as a line: its colour, thicker for influence, dashed "on the way", dotted for chance."""
+    kind, *late = name.split(", ")
+    style = ":" if kind == "random" else "--" if late else "-"
+    return {"color": SCORE_COLOURS[kind], "linewidth": 2.2 if "influence" in kind else 1.2, "linestyle": style}
 
 
 def plot_detection(ax: Axes, curves: Mapping[str, Sequence[tuple[NDArray[Any], NDArray[Any]]]]) -> Axes:
     """Share of the wrong labels found against the share of images inspected, by name of the score: mean of its runs.
 
-    curves: name → one `detection_curve` for each run, all of one length. Influence is drawn as a thicker line.
+    curves: name → one `detection_curve` for each run, all of one length.
     """
     for name, runs in curves.items():
-        width, style = (2.2 if "influence" in name else 1.2), {"random": ":", "on the way": "--"}
-        look: dict[str, Any] = {
-            "color": SCORE_COLOURS[name.split(", ")[0]],
-            "linewidth": width,
-            "linestyle": style.get(name.split(", ")[-1], "-"),
-        }
-        ax.plot(100 * runs[0][0], 100 * np.mean([found for _, found in runs], axis=0), label=name, **look)
+        found = np.mean([found for _, found in runs], axis=0)
+        ax.plot(100 * runs[0][0], 100 * found, label=name, **score_look(name))
     ax.set(xlabel="images inspected (%)", ylabel="wrong labels found (%)", xlim=(0, 50), ylim=(0, 101))
     return ax
 

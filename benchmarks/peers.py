@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import influence_functions.compat as ptif
 import notebook_support as ns
 from influence_functions import MEASURES, compute_influences
+from influence_functions.scores import average
 
 Score = Callable[[ns.ImageData, float | None], NDArray[np.float32]]
 Models = Sequence[tuple[nn.Module, float]]
@@ -66,7 +67,8 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
     """EK-FAC (the default strategy) on all Conv2d and Linear layers, true Fisher.
 
     Its CIFAR-10 example takes the margin of the test images and the loss of the training images. That changes no
-    ranking, the margin's gradient being the loss's times 1 / (1 − p); so here `measure` is that of both.
+    ranking, the margin's gradient being the loss's times 1 / (1 − p); so here `measure` is that of both. It takes one
+    model; the scores of several are averaged here as ours are.
     """
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -82,19 +84,19 @@ def kronfluence(models: Models, train: ns.ImageData, measure: str = "loss") -> S
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             return MEASURES[measure].values(model(batch[0]), batch[1]).sum()
 
-    folder, task = tempfile.TemporaryDirectory(prefix="kronfluence-"), Classification()
-    model = prepare_model(copy.deepcopy(models[0][0]).eval(), task)
-    analyzer = Analyzer("quality", model, task, cpu=True, disable_tqdm=True, output_dir=folder.name)
-    analyzer.fit_all_factors("ekfac", as_dataset(train), 500, factor_args=FactorArguments(strategy="ekfac"))
+    folder, task, analyzers = tempfile.TemporaryDirectory(prefix="kronfluence-"), Classification(), []
+    for k, (model, _) in enumerate(models):
+        prepared = prepare_model(copy.deepcopy(model).eval(), task)
+        analyzers.append(Analyzer(f"{k}", prepared, task, cpu=True, disable_tqdm=True, output_dir=folder.name))
+        analyzers[-1].fit_all_factors("ekfac", as_dataset(train), 500, factor_args=FactorArguments(strategy="ekfac"))
 
     def score(test: ns.ImageData, damping: float | None, _: Any = folder) -> NDArray[np.float32]:
-        arguments = ScoreArguments(damping_factor=damping)
         sets = {"query_dataset": as_dataset(test), "train_dataset": as_dataset(train)}
         sizes = {"per_device_query_batch_size": 1000, "per_device_train_batch_size": 500}
-        analyzer.compute_pairwise_scores(
-            "pairs", "ekfac", **sets, **sizes, score_args=arguments, overwrite_output_dir=True
-        )
-        return analyzer.load_pairwise_scores("pairs")["all_modules"].float().numpy()
+        asked = {"score_args": ScoreArguments(damping_factor=damping), "overwrite_output_dir": True}
+        for analyzer in analyzers:
+            analyzer.compute_pairwise_scores("pairs", "ekfac", **sets, **sizes, **asked)
+        return average([one.load_pairwise_scores("pairs")["all_modules"].float().numpy() for one in analyzers])
 
     return score
 

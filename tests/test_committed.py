@@ -20,6 +20,8 @@ MODULES = [
     *ROOT.glob("tools/*.py"),
     *ROOT.glob("benchmarks/*.py"),
 ]
+WIDE = {"package.ipynb", "mislabels.ipynb"}  # of 120 characters still, until they are run again
+NOTEBOOKS_OF_100 = [path for path in NOTEBOOKS if path.name not in WIDE]
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|work|tmp|Users|usr)/|[A-Z]:\\\\")
 
 
@@ -57,6 +59,8 @@ class TestNotebook:
     def test_it_is_small_enough_for_github_and_its_cells_for_a_reader(self, path):
         assert path.stat().st_size <= 1_000_000
         assert all(len(cell["source"]) <= 40 for cell in cells(path, "code"))
+        if path in NOTEBOOKS_OF_100:
+            assert all(len(line.rstrip("\n")) <= 100 for cell in cells(path, "code") for line in cell["source"])
 
     def test_it_imports_nothing_else_of_ours(self, path):
         imports = re.findall(r"^\s*(?:import|from) (\w+)", sources(path, "code"), re.M)
@@ -86,7 +90,7 @@ def test_every_picture_is_the_one_its_notebook_shows():
 
 
 def test_every_picture_and_file_that_a_page_names_exists():
-    for page in [*ROOT.glob("*.md"), *NOTEBOOKS]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *NOTEBOOKS]:
         text = page.read_text(encoding="utf-8") if page.suffix == ".md" else sources(page, "markdown")
         for name in re.findall(r"\]\(([\w./-]+)\)|src=\"([\w./-]+)\"", text):
             assert (ROOT / "".join(name)).exists(), f"{page.name} names {''.join(name)}"
@@ -98,22 +102,30 @@ def test_the_pictures_the_readme_needs_are_wide_enough_and_not_too_wide():
 
     for file in (ROOT / "images").glob("*.png"):
         width, height = Image.open(file).size
-        assert 150 <= width <= (2400 if file.name == "rgb-channels-grayscale.png" else 700), file.name
+        assert 150 <= width <= 700, file.name
         assert height >= 150, file.name
 
 
+def results() -> dict:
+    return json.loads((ROOT / "data/results.json").read_text(encoding="utf-8"))
+
+
 def test_the_numbers_of_the_readme_come_from_the_results():
-    results = json.loads((ROOT / "data/results.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    speed, student = results["speed"], results["student"]
-    ten, many = speed["engine"]["50000 x 10"], speed["engine"]["50000 x 200"]
-    exact, lds = results["retraining"]["exact"], results["retraining"]["lds"]
-    early, stable = results["retraining"]["lds_checkpoints"], results["retraining"]["stability"]
-    methods = {row["method"]: row for row in results["quality"]["rows"]}
-    named = ("ours", "kronfluence EK-FAC", "captum TracInCP", "ours, 10 models", "dattri TRAK, 10 models")
-    found = results["mislabels"]["detection"]["any class"]
+    student, signs = results()["student"], results()["retraining"]["removal_signs"]
+    exact, lds = results()["retraining"]["exact"], results()["retraining"]["lds"]
+    early, stable = results()["retraining"]["lds_checkpoints"], results()["retraining"]["stability"]
+    methods = {row["method"]: row for row in results()["quality"]["rows"]}
+    one = ("ours", "ours, loss", "kronfluence EK-FAC", "kronfluence EK-FAC, margin", "pyDVL Nyström, rank 50")
+    five = ("ours", "kronfluence EK-FAC, margin", "dattri TRAK", "captum TracInCP")
+    named = (*one, "dattri TRAK", *(f"{name}, 5 checkpoints" for name in five))
+    named = (*named, "ours, 10 models", "dattri TRAK, 10 models")
+    found = results()["mislabels"]["detection"]["any class"]
     scores = ("loss", "margin", "out of fold", "self-influence", "influence", "random")
-    sizes = (12_500, 25_000, 50_000)
+
+    def tried(kind: str) -> str:
+        rows = [row for name, row in signs.items() if name.startswith(kind)]
+        return f"in {sum(row[0] for row in rows)} of {sum(row[1] for row in rows)} trials"
 
     mean_lds = {name: statistics.mean(found) for name, found in early["of_each"].items()}
 
@@ -121,15 +133,32 @@ def test_the_numbers_of_the_readme_come_from_the_results():
         return [stable[f"50,000, five checkpoints, {trainings}, {kind}"] for kind in ("helpful", "harmful")]
 
     for text in (
-        f"| {' | '.join('{:.0%}'.format(found[score]['found'][0]) for score in scores)} |",
-        *("{lds:.3f} [{low:.3f}, {high:.3f}] | {seconds:.1f} s".format(**methods[name]) for name in named),
+        f"| {' · '.join('{:.0%}'.format(found[score]['found'][0]) for score in scores)} |",
+        *("{lds:.3f} [{low:.3f}, {high:.3f}] | {seconds:.1f} s | {peak_gb:.1f} GB".format(**methods[n]) for n in named),
+        f"the most helpful of 50,000 images in {student['twins']['first']:.0%}",
+        f"Of {student['twins']['count']} test images",
+        f"For {100 * student['harm_by_the_rival'][0]:.1f} ± ",
+        tried("helpful"),
+        tried("harmful"),
+        f"built by hand | {student['exact_small']['correlation']:.4f} |",
         f"| Pearson {exact['pearson']['all']:.4f} |",
         *("{:.3f} [{:.3f}, {:.3f}]".format(*lds["margin"][which]) for which in (0, -1)),
         f"at most {lds['ceiling']:.2f}",
-        f"the finished models: {mean_lds['the finished model']:.3f}) | {mean_lds['five checkpoints']:.3f} |",
-        "each of ten trainings | {:.3f} [{:.3f}, {:.3f}] |".format(*early["margin"][-1]),
+        f"the finished models: {mean_lds['the finished model']:.3f}) | 5,000 images",
+        f"5,000 images | {mean_lds['five checkpoints']:.3f} |",
+        "each of ten trainings | 5,000 images | {:.3f} [{:.3f}, {:.3f}] |".format(*early["margin"][-1]),
         *("{:.0%} of the most helpful, {:.0%} of the most harmful".format(*held(size)) for size in (1, 3)),
         f"{student['test_accuracy']:.1%}",
+    ):
+        assert text in readme, text
+
+
+def test_the_figures_of_speed_come_from_the_results():
+    page = (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    speed, sizes = results()["speed"], (12_500, 25_000, 50_000)
+    ten, many = speed["engine"]["50000 x 10"], speed["engine"]["50000 x 200"]
+    five = speed["checkpoints 50000 x 10"]
+    for text in (
         f"| {speed['plain']['median']:.1f} s |",
         f"| {ten['median']:.1f} s | {ten['peak']:.1f} GB | {ten['median'] / speed['plain']['median']:.1f} × the plain",
         f"| {speed['resnet20 2000 x 10']['score']:.1f} s | {speed['resnet20 2000 x 10']['peak']:.1f} GB |",
@@ -140,8 +169,11 @@ def test_the_numbers_of_the_readme_come_from_the_results():
         f"| {speed['package']['scaled_seconds']:.0f} s |",
         f"{ten['package_ratio']:,} ×",
         f"{many['package_ratio']:,} ×",
+        f"| {five['median']:.1f} s | {five['peak']:.1f} GB | {five['to_one_model']:.1f} × one model |",
     ):
-        assert text in readme, text
+        assert text in page, text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"in {many['median']:.1f} s on 2 CPU cores, a test image in {many['package_ratio']:,} ×" in readme
 
 
 def test_no_cifar_file_cache_or_environment_is_committed():
@@ -164,6 +196,7 @@ def test_no_cifar_file_cache_or_environment_is_committed():
     [
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
+        ["ruff", "format", "--check", "--line-length", "100", *map(str, NOTEBOOKS_OF_100)],
         ["mypy", "influence_functions", "notebook_support.py", "tools", "benchmarks"],
     ],
 )

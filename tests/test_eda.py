@@ -237,3 +237,14 @@ def test_groups_follow_chains_of_pairs_across_the_sets():
     assert group[0] == group[3] == group[6]
     assert len(set(group.tolist())) == 6
     assert len(set(ns.duplicate_groups(pairs.head(0), train, test).tolist())) == 8
+
+
+def test_colour_features_are_means_deviations_and_a_constant_of_the_first_images_of_each_class():
+    images = torch.cat([flat(0, 255, 51, 102), halves(0, 255)])
+    data = ns.ImageData("five", images, torch.tensor([2, 0, 2, 2, 0]), ("a", "b", "c"))
+    features, labels = ns.colour_features(data, (0, 2), per_class=2)
+    assert labels.tolist() == [0, 0, 1, 1]
+    means = [1.0, 0.0, -1.0, -0.6]  # 255, half of either, 0, 51
+    deviation = (1024 / 1023) ** 0.5  # half the pixels at −1, half at 1
+    expected = [[mean] * 3 + [spread] * 3 + [1] for mean, spread in zip(means, (0, deviation, 0, 0))]
+    np.testing.assert_allclose(features, expected, atol=1e-6)

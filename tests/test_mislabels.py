@@ -202,6 +202,15 @@ def test_suspects_are_ranked_and_say_why(digits):
         assert words in reason
 
 
+def test_each_score_has_a_look_of_its_own():
+    names = [*ns.SCORE_COLOURS, "loss, on the way", "influence, on the way"]
+    looks = {name: ns.score_look(name) for name in names}
+    assert len({(look["color"], look["linestyle"]) for look in looks.values()}) == len(names)
+    assert looks["loss, on the way"]["color"] == looks["loss"]["color"]
+    assert looks["influence"]["linewidth"] > looks["loss"]["linewidth"]
+    assert not {ns.HELPFUL_COLOUR, ns.HARMFUL_COLOUR} & {*ns.SCORE_COLOURS.values()}  # kept for help and harm
+
+
 def test_the_curves_are_drawn_as_given():
     _, ax = plt.subplots()
     flipped = np.array([0])

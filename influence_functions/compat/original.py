@@ -1,4 +1,4 @@
-"""The package everyone starts from, made callable; imported only by those who want to compare."""
+"""`pytorch_influence_functions` 0.1.1, made callable; imported only by those who want to compare."""
 
 from __future__ import annotations
 
