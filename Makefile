@@ -48,7 +48,7 @@ bench: $(VENV)/.run $(BENCH)/.run  ## measure speed, and quality against the lib
 lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over package and module
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff format --check --line-length 100 $(filter-out package.ipynb mislabels.ipynb,$(NOTEBOOKS))
+	$(BIN)/ruff format --check --line-length 100 $(NOTEBOOKS)
 	$(BIN)/mypy influence_functions notebook_support.py tools benchmarks
 
 clean:  ## remove what `make run` and `make test` wrote (not .venv, not data/)

@@ -158,13 +158,27 @@ def print_row(*cells: Any) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
+def print_line(what: str, line: dict[str, Any], figures: dict[str, Any], ratio: Any, package: str = "") -> None:
+    """The row of one measured part: its times, memory, halves (to solve, to score), and what it is compared with."""
+    halves = " + ".join(f"{statistics.median(figures[part]):.1f}" for part in ("solve", "score") if part in figures)
+    print_row(what, line["median"], f"{line['low']}-{line['high']}", line["peak"], halves, ratio, package)
+
+
+def report_engine(n: int, m: int, figures: dict[str, Any], base: float, theirs: float) -> dict[str, Any]:
+    """Print the row of one model; `base` is a plain pass over all 50,000 images, `theirs` the package's one image."""
+    line, score = summary(figures), statistics.median(figures["score"])
+    line |= {"score": round(score, 2), "score_to_plain": round(score / (base * n / 50_000), 2)}
+    line |= {"package_ratio": round(theirs * n / 50_000 * m / line["median"])}
+    what = f"influence, {n:,} × {m} test images"
+    print_line(what, line, figures, line["score_to_plain"], f"{line['package_ratio']:,}")
+    return line
+
+
 def report_checkpoints(figures: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
     """Print the row of five checkpoints, against one model on the same images, and return its record."""
-    line, score = summary(figures), statistics.median(figures["score"])
+    line = summary(figures)
     line |= {"to_one_model": round(statistics.median(figures["seconds"]) / statistics.median(one["seconds"]), 2)}
-    spread, halves = f"{line['low']}-{line['high']}", f"{statistics.median(figures['solve']):.1f} + {score:.1f}"
-    what = f"five checkpoints, 50,000 × 10: {line['to_one_model']} × one model"
-    print_row(what, line["median"], spread, line["peak"], halves, "", "")
+    print_line(f"five checkpoints, 50,000 × 10: {line['to_one_model']} × one model", line, figures, "")
     return line
 
 
@@ -173,8 +187,7 @@ def report_resnet(figures: dict[str, Any]) -> dict[str, Any]:
     line, score = summary(figures), statistics.median(figures["score"])
     line |= {"score": round(score, 2), "slow_layers": figures["slow_layers"]}
     line |= {"score_to_plain": round(score / statistics.median(figures["plain"]), 2)}
-    spread, halves = f"{line['low']}-{line['high']}", f"… + {score:.1f}"
-    print_row("ResNet-20, 2,000 × 10", line["median"], spread, line["peak"], halves, line["score_to_plain"], "")
+    print_line("ResNet-20, 2,000 × 10", line, figures, line["score_to_plain"])
     return line
 
 
@@ -185,23 +198,14 @@ def main() -> None:
     engine[50_000, 200] = in_own_process("engine", 50_000, 200)
     package = min((in_own_process("package", size) for size in (1, 4, 32)), key=lambda figures: figures["seconds"][0])
     base, theirs = statistics.median(plain["seconds"]), package["seconds"][0]
-    record: dict[str, Any] = {"machine": machine(), "plain": summary(plain), "engine": {}}
+    record: dict[str, Any] = {"machine": machine(), "plain": summary(plain)}
     record["package"] = {"scaled_seconds": round(theirs, 1), "measured_seconds": round(package["measured"], 1)}
 
     print(f"\n{machine()}; median of {REPEATS} runs where a range is given\n")
     print_row("what", "seconds", "range", "peak GB", "solve + score", "score ÷ plain", "package ÷ ours")
     print_row(*["---"] * 7)
-    line = summary(plain)
-    print_row("plain pass, 50,000", line["median"], f"{line['low']}-{line['high']}", line["peak"], "", 1, "")
-    for (n, m), figures in engine.items():
-        line, score = summary(figures), statistics.median(figures["score"])
-        line |= {"score": round(score, 2), "score_to_plain": round(score / (base * n / 50_000), 2)}
-        line |= {"package_ratio": round(theirs * n / 50_000 * m / line["median"])}
-        record["engine"][f"{n} x {m}"] = line
-        halves = f"{statistics.median(figures['solve']):.1f} + {score:.1f}"
-        spread = f"{line['low']}-{line['high']}"
-        ratios = (line["score_to_plain"], f"{line['package_ratio']:,}")
-        print_row(f"influence, {n:,} × {m} test images", line["median"], spread, line["peak"], halves, *ratios)
+    print_line("plain pass, 50,000", record["plain"], plain, 1)
+    record["engine"] = {f"{n} x {m}": report_engine(n, m, found, base, theirs) for (n, m), found in engine.items()}
     record["checkpoints 50000 x 10"] = report_checkpoints(in_own_process("engine", 50_000, 10, 5), engine[50_000, 10])
     record["resnet20 2000 x 10"] = report_resnet(in_own_process("resnet", 2_000, 10))
     print_row("package, 50,000 × 1 test image", round(theirs), "scaled", round(package["peak"], 2), "", "", 1)

@@ -45,7 +45,7 @@ def _indices(chosen: Indices | None, source: Source, role: str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Member:
+class _Scored:
     """One model with its solutions for some test samples."""
 
     problem: Problem
@@ -55,7 +55,7 @@ class _Member:
 
     @classmethod
     def solve(cls, model: nn.Module, train: Source, test: Source, indices: Tensor, settings: InfluenceSettings,
-              factors: Sequence[float]) -> _Member:  # fmt: skip
+              factors: Sequence[float]) -> _Scored:  # fmt: skip
         """At each multiple of the model's damping."""
         start = time.perf_counter()
         problem = make_problem(model, train, settings)
@@ -70,7 +70,7 @@ def _influences(models: Sequence[nn.Module], train: Any, test: Source, indices: 
                 factors: Sequence[float]) -> list[Influences]:  # fmt: skip
     """The mean influences of the models at each multiple of their damping; the data is read once for all of them."""
     source = as_source(train, "train")
-    members = [_Member.solve(model, source, test, indices, settings, factors) for model in models]
+    members = [_Scored.solve(model, source, test, indices, settings, factors) for model in models]
     start = time.perf_counter()
     scores, train_labels = score_training([(one.problem, one.solved) for one in members])
     seconds = (time.perf_counter() - start) / len(members)

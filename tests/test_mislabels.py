@@ -1,6 +1,5 @@
 """Labels made wrong on purpose, what finds them, and every mistake named."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -209,15 +208,3 @@ def test_each_score_has_a_look_of_its_own():
     assert looks["loss, on the way"]["color"] == looks["loss"]["color"]
     assert looks["influence"]["linewidth"] > looks["loss"]["linewidth"]
     assert not {ns.HELPFUL_COLOUR, ns.HARMFUL_COLOUR} & {*ns.SCORE_COLOURS.values()}  # kept for help and harm
-
-
-def test_the_curves_are_drawn_as_given():
-    _, ax = plt.subplots()
-    flipped = np.array([0])
-    curve = ns.detection_curve(np.array([3.0, 2.0, 1.0, 0.0]), flipped)
-    late = ns.detection_curve(np.array([0.0, 1.0, 2.0, 3.0]), flipped)
-    ns.plot_detection(ax, {"loss": [curve, late]})
-    (line,) = ax.get_lines()
-    assert line.get_xdata().tolist() == [0, 25, 50, 75, 100]
-    assert line.get_ydata().tolist() == [0, 50, 50, 50, 100]
-    plt.close("all")

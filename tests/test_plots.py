@@ -34,6 +34,22 @@ def test_what_is_saved_is_what_is_displayed(tmp_path, monkeypatch):
     assert not plt.fignum_exists(figure.number)
 
 
+@pytest.mark.parametrize(("content", "dots"), [("chart", 200), ("photograph", 100), ("crowded chart", 100)])
+def test_a_chart_is_sharp_unless_its_file_grows_large(content, dots, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ns, "display", shown.append)
+    figure, ax = plt.subplots(figsize=(3, 2))
+    random = np.random.default_rng(0)
+    if content == "photograph":
+        ax.imshow(random.random((4, 4)))
+    else:
+        many = 30_000 if content == "crowded chart" else 3
+        ax.scatter(*random.random((2, many)), s=1, c=random.random((many, 3)))
+    ns.show_figure(figure, tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").size == (3 * dots, 2 * dots)
+    assert shown[0].width == (300 if dots == 200 else None)  # a sharp one is not displayed larger
+
+
 def test_an_image_is_drawn_in_its_natural_colours():
     red = torch.zeros(3, 32, 32, dtype=torch.uint8)
     red[0] = 255

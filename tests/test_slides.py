@@ -22,10 +22,13 @@ SOURCE = (ROOT / "presentation.typ").read_text(encoding="utf-8")
 PDF = ROOT / "presentation.pdf"
 LITERAL = [tuple(re.findall(r'"([^"]+)"', keys)) for keys in re.findall(r'\bresult\(((?:"[^"]+"(?:, )?)+)\)', SOURCE)]
 COMPUTED = [  # what the slides look up by names that they compute
-    ("retraining", "all_images", "500 helpful", "mean"),
     ("speed", "engine", "50000 x 200", "median"),
-    *(("mislabels", "detection", "any class", score, "found") for score in ("influence", "self-influence", "loss")),
-    ("mislabels", "detection", "look-alikes", "loss", "found"),
+    ("retraining", "right", "without 50 helpful"),
+    *(
+        ("mislabels", "detection", "any class", score, "found")
+        for score in ("influence, on the way", "loss, on the way")
+    ),
+    ("mislabels", "detection", "look-alikes", "loss, on the way", "found"),
     ("mislabels",),
 ]
 
@@ -92,7 +95,8 @@ def test_other_results_give_other_slides(copy, tmp_path):
     for score in ("influence", "out of fold"):  # [mean, half-width]: 0.93 against 0.52 is beyond any doubt
         found = [0.93 if score == "influence" else 0.52, 0.01]
         change_results(copy, ("mislabels", "detection", "any class", score, "found"), found)
-    for score in ("self-influence", "gradient norm", "loss", "margin", "confident learning"):
+    detection = json.loads((copy / "data/results.json").read_text(encoding="utf-8"))["mislabels"]["detection"]
+    for score in {*detection["any class"]} - {"influence", "out of fold", "random"}:
         change_results(copy, ("mislabels", "detection", "any class", score, "found"), [0.3, 0.01])
     slides.write(tmp_path / "other.pdf", slides.build(copy))
     text = words(PdfReader(tmp_path / "other.pdf"))
@@ -116,9 +120,9 @@ def test_the_sources_name_nothing_that_must_be_downloaded():
 # ── legible ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_ten_to_twelve_pages_none_of_which_overflows(reader):
+def test_twelve_to_fourteen_pages_none_of_which_overflows(reader):
     outline = slides.outline(ROOT)
-    assert 10 <= len(outline) <= 12
+    assert 12 <= len(outline) <= 14
     assert len(reader.pages) == len(outline)  # what does not fit on a slide would begin another page
     for page in reader.pages:
         assert round(float(page.mediabox.width / page.mediabox.height), 2) == round(16 / 9, 2)
@@ -129,19 +133,22 @@ def test_few_words_beside_a_picture_and_a_sentence_above_it(reader):
     for slide, page in zip(slides.outline(ROOT), reader.pages):
         assert slide["words"] <= 30, slide
         assert 3 <= len(slide["title"].split()) <= 16, slide
-        assert len(page.extract_text().split()) <= (100 if "formula" in slide["key"] else 75), slide
+        spoken = [word for word in page.extract_text().split() if not word.isdigit()]  # tables of pixels are pictures
+        assert len(spoken) <= (100 if "formula" in slide["key"] else 75), slide
 
 
 def test_no_letters_smaller_than_18_points(reader):
-    smallest: dict[int, float] = {}
-    for number, page in enumerate(reader.pages[:-1], 1):  # the last one holds a formula, with its subscripts
+    smallest: dict[str, float] = {}
+    keys = [slide["key"] for slide in slides.outline(ROOT)]
+    pages = {key: page for key, page in zip(keys, reader.pages) if "formula" not in key}  # it has subscripts
+    for number, page in pages.items():
 
         def see(text, _, matrix, __, size, number=number):
             if text.strip():
                 smallest[number] = min(smallest.get(number, 99), abs(size * matrix[3]))
 
         page.extract_text(visitor_text=see)
-    assert len(smallest) == len(reader.pages) - 1
+    assert len(smallest) == len(keys) - 1
     assert min(smallest.values()) >= 17.9, smallest
 
 

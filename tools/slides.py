@@ -3,8 +3,8 @@
     python tools/slides.py
     python tools/slides.py --to build/presentation.pdf
 
-Needs no network. The same inputs give the same bytes. Words on the pages are set in DejaVu Sans, the font of the
-figures, which comes with matplotlib: typst brings no sans-serif font but a monospaced one.
+Needs no network. The same inputs give the same bytes. Words on the pages are set in Manrope, icons come from Font
+Awesome Free; both fonts are packages of requirements-dev.txt.
 Some slides show parts of a picture, given in pixels: look at every page after a picture has changed.
 """
 
@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import font_manrope
+import fontawesomefree
 import typst
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def settings(root: Path) -> dict[str, Any]:
     """What typst needs in order to depend on nothing of this machine: its fonts, and a root for all paths."""
-    fonts = Path(matplotlib.get_data_path()) / "fonts/ttf"
-    return {"root": str(root), "font_paths": [str(fonts)], "ignore_system_fonts": True}
+    icons = Path(fontawesomefree.__file__).parent / "static/fontawesomefree/webfonts"
+    fonts = [font_manrope.font_directory, str(icons)]
+    return {"root": str(root), "font_paths": fonts, "ignore_system_fonts": True}
 
 
 def build(root: Path) -> bytes:
