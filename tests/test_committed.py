@@ -163,6 +163,9 @@ def test_the_numbers_of_the_readme_come_from_the_results():
         "each of ten trainings | 5,000 images | {:.3f} [{:.3f}, {:.3f}] |".format(*early["margin"][-1]),
         *("{:.0%} of the most helpful, {:.0%} of the most harmful".format(*held(size)) for size in (1, 3)),
         f"{student['test_accuracy']:.1%}",
+        "has {:.0%} of the helpful and {:.0%} of the harmful ones in its top 10".format(*held(1)),
+        f"the loss finds {found['loss, on the way']['found'][0]:.0%} of them",
+        f"and influence {found['influence, on the way']['found'][0]:.0%}, each averaged over five epochs",
     ):
         assert text in readme, text
 
