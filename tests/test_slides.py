@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_other_results_give_other_slides(copy, tmp_path):
     slides.write(tmp_path / "other.pdf", slides.build(copy))
     text = words(PdfReader(tmp_path / "other.pdf"))
     assert "gets 41 of 100" in text
-    assert "finds 93 %" in text
+    assert "finds 93 % of the wrong labels" in text
     assert "Influence finds more wrong labels than any other way" in text
 
 
@@ -133,7 +134,9 @@ def test_few_words_beside_a_picture_and_a_sentence_above_it(reader):
     for slide, page in zip(slides.outline(ROOT), reader.pages):
         assert slide["words"] <= 30, slide
         assert 3 <= len(slide["title"].split()) <= 16, slide
-        spoken = [word for word in page.extract_text().split() if any(map(str.isalpha, word))]  # no pixel, no icon
+        spoken = [word for word in page.extract_text().split() if unicodedata.category(word[0]) != "Co"]  # no icon
+        if slide["key"] == "The data":  # its picture is three tables of numbers
+            spoken = [word for word in spoken if not word.isdigit()]
         assert len(spoken) <= (100 if "formula" in slide["key"] else 75), slide
 
 
