@@ -107,12 +107,23 @@ def free_bytes(device: torch.device) -> float:
     with contextlib.suppress(OSError, ValueError):  # the limit of a container
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used)
-    with contextlib.suppress(ImportError, OSError, ValueError):  # ulimit -v; not on Windows
+    with contextlib.suppress(ImportError, OSError, ValueError):  # ulimit -v and -d; not on Windows
         import resource
 
-        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            free.append(limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
-    return min(free)
+        pages = [int(word) * resource.getpagesize() for word in Path("/proc/self/statm").read_text().split()]
+        for kind, held in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+            if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+                free.append(limit - held)
+    return max(min(free), 0.0)
+
+
+FRACTION = 0.5  # of what is free may be taken, unless told
+
+
+def allowed_bytes(asked: float | None, device: torch.device) -> float:
+    """Memory that may be taken: as much as asked for, as far as it is free, or by default a fraction of what is."""
+    free = free_bytes(device)
+    return min(asked, free) if asked else FRACTION * free
 
 
 @contextlib.contextmanager

@@ -1,7 +1,4 @@
-"""Gradients of b samples in one layer, held in whichever form makes their inner products cheapest.
-
-A new form is one more `Block`.
-"""
+"""Gradients of b samples in one layer, in whichever form makes inner products cheapest: a new one is one `Block`."""
 
 from __future__ import annotations
 
@@ -16,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HELD = 2**24  # numbers that an intermediate result may hold
+WRITTEN = 5  # multiplications that cost as much as one whose gradient must be written and read (measured)
 
 
 def slices(total: int, each: int, held: int = HELD) -> Iterator[slice]:
-    """Consecutive slices of `total` things, so that one slice of them, `each` numbers a thing, holds at most `held`."""
+    """Consecutive slices of `total` things, of `each` numbers, that hold at most `held` of them."""
     step = max(1, held // max(each, 1))
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
@@ -185,14 +183,15 @@ class Pair(Factors):
         return torch.cat([weight, self.deltas.sum(1)], dim=1) if self.bias else weight
 
     def against(self, directions: Tensor) -> Tensor:
-        """Σ_t δᵀSa, or by way of full gradients where that is cheaper."""
+        """Σ_t δᵀSa, or by way of full gradients where that is cheaper; inputs that are always zero are left out."""
         (b, t, i), o, m = self.inputs.shape, self.deltas.shape[2], len(directions)
-        if t > 1 and m > 1:
+        if t * m > WRITTEN * (t + m):
             return torch.cat([directions @ self.select(part).dense().T for part in slices(b, self.size)], dim=1)
-        weight = directions[:, : o * i].reshape(m * o, i)
-        found = []
+        weight, inputs, found = directions[:, : o * i].reshape(m * o, i), self.inputs, []
+        if 2 * int((used := inputs.flatten(0, 1).any(0)).sum()) < i:
+            weight, inputs = weight[:, used], inputs[..., used]
         for part in slices(b, t * m * o):
-            moved = (self.inputs[part] @ weight.T).unflatten(2, (m, o))  # (b, t, m, o)
+            moved = (inputs[part] @ weight.T).unflatten(2, (m, o))  # (b, t, m, o)
             if self.bias:
                 moved += directions[:, o * i :]
             found.append(torch.einsum("btmo,bto->mb", moved, self.deltas[part]))

@@ -1,8 +1,8 @@
 """`GradientMaker`: model + measure → gradients, one a sample, each layer by the cheapest road that is right.
 
 Three roads: the rule of the layer's type, the layer alone under vmap, and, for parameters that are used outside their
-layer's call (shared, tied, parametrised, functional), the whole network under vmap or, where torch cannot, in a loop.
-Which road a layer takes is proved on real samples against plain autograd, each layer on its own.
+layer's call (shared, tied, functional), the whole network under vmap or, where torch cannot, in a loop. Which road a
+layer takes is proved on real samples against plain autograd.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class DisagreementError(RuntimeError):
 class GradientMaker:
     """Gradients of a measure with respect to the trainable parameters of a model, one a sample.
 
-    model: a private copy in eval mode, which is never changed. Small to pickle: it holds no data.
-    `slow_layers`: names of the layers that no rule serves, after `prove`.
+    model: a private copy in eval mode, never changed. It holds no data. `slow_layers`: those without a rule, by name.
     """
 
     def __init__(self, model: nn.Module, measure: Measure) -> None:
@@ -72,13 +71,19 @@ class GradientMaker:
         pieces = matrix.split([param.numel() for param in self.params.values()], dim=1)
         return {name: piece.reshape(-1, *self.params[name].shape) for name, piece in zip(self.params, pieces)}
 
+    def shapes(self) -> list[list[torch.Size]]:
+        """Of each block of gradients, the shapes of the parameters in it."""
+        blocks = [*map(self._parameters, self.roads), *filter(None, [self._rest()])]
+        return [[self.params[name].shape for name in names] for names in blocks]
+
     def prove(self, batches: Sequence[tuple[Inputs, Tensor]]) -> None:
         """Choose each layer's road by comparing with plain autograd, on the first few samples (PROVED) of each batch.
 
         The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few.
         A rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
         """
-        all_layers, passes = self.layers, [self.recorder(self.measure, *batch) for batch in batches]
+        self.layers, self.roads, self.looped = (all_layers := _layers(self.model)), {}, False
+        passes = [self.recorder(self.measure, *batch) for batch in batches]
         behind = {name for one in passes for name in self._behind(one)}
         self.layers = {name: own for name, own in self.layers.items() if name not in behind}
         calls = [one.calls(self.layers, keep=False) for one in passes]
@@ -135,11 +140,9 @@ class GradientMaker:
         if check:  # a sum with random weights sees what is missing, and in which order the samples are
             weights = torch.randn(len(targets), generator=torch.Generator().manual_seed(len(targets))).to(one.values)
             wanted = one.sums({layer: self._parameters(layer) for layer in found}, weights.detach())
-            known = {layer: block for layer, block in found.items() if layer not in odd}
-            odd |= {
-                name for name, block in known.items()
-                if not _close(block.weighted(weights[None].to(wanted[name]))[0], wanted[name])
-            }  # fmt: skip
+            for layer in found.keys() - odd:
+                if not _close(found[layer].weighted(weights[None].to(wanted[layer]))[0], wanted[layer]):
+                    odd.add(layer)
         if odd and not mend:
             raise DisagreementError(min(odd))
         if not odd:

@@ -52,6 +52,21 @@ class Recorder:
             self._local.hooked = model, recorded
         return self._local.hooked
 
+    def weight(self, measure: Measure, inputs: Inputs, targets: Tensor) -> float:
+        """Bytes of a pass over these samples: what autograd saves, and the gradients at the layers' outputs."""
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            one = self(measure, inputs, targets)
+        for param in one.params.values():
+            saved.pop(param.untyped_storage().data_ptr(), None)
+        calls = [each for found in one.calls(self.layers, keep=False).values() for each in found]
+        return sum(saved.values()) + sum(each.deltas.numel() * each.deltas.element_size() for each in calls)
+
     def __call__(self, measure: Measure, inputs: Inputs, targets: Tensor) -> Pass:
         """One forward pass, up to the values of the measure."""
         model, recorded = self._hooked()

@@ -34,7 +34,7 @@ from .blocks import Block, Dense, Lookup, Pair, slices
 Rule = Callable[[Any, Tensor, Tensor], "Mapping[str, Tensor] | Pair | Lookup"]
 RULES: dict[type[nn.Module], Rule] = {}
 COMPUTED = ("_orig", "_g", "_v")  # names that pruning, weight and spectral norm give to what they compute from
-CACHED = 2**21  # numbers that are worked through several times: more fall out of the processor's cache (measured)
+CACHED = 2**20  # numbers that are worked through several times: more fall out of the processor's cache (measured)
 
 
 @dataclass(frozen=True, eq=False)

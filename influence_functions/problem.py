@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,14 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._support import NonFiniteError, free_bytes, pick_device
-from .data import Inputs, Source, as_source, call, moved
+from ._support import NonFiniteError, allowed_bytes, pick_device
+from .data import Inputs, Source, as_source, call, moved, tensors_of
 from .gradients import PROVED, DisagreementError, GradientMaker
 from .measures import Measure, as_measure
 from .private import private_copy
 from .settings import InfluenceSettings
 from .stack import Gradients
 from .verify import check_measure, check_own, try_model
+
+QUICK = 24e6  # bytes up to which an array is allocated quickly: larger ones come from the system, page by page
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes: of the gradients of one sample, of a pass for each sample in it, and what may be taken in all.
+
+    width: multiplications that an inner product of two gradients costs.
+    """
+
+    gradient: float = 0.0
+    width: int = 0
+    sample: float = 0.0
+    room: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +46,7 @@ class Problem:
     train: Source
     settings: InfluenceSettings
     outputs: Tensor
+    footprint: Footprint = Footprint()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was computed on the way, which its owners hold themselves."""
@@ -38,18 +55,22 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(iter(self.maker.params.values())).device
+        return self.like.device
 
     @property
     def measure(self) -> Measure:
         """What influence is the influence on."""
         return self.maker.measure
 
-    @cached_property
-    def held(self) -> float:
-        """Bytes of the gradients of one sample."""
-        few = self.proof()[0]
-        return self.maker(*self.batch(self.train, few)).held / len(few)
+    @property
+    def like(self) -> Tensor:
+        """A parameter: where the model is, and its type."""
+        return next(iter(self.maker.params.values()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of p numbers."""
+        return sum(param.numel() for param in self.maker.params.values()) * self.like.element_size()
 
     @cached_property
     def sample(self) -> Tensor:
@@ -71,10 +92,8 @@ class Problem:
         Where the measure can, each target is drawn from the model's own prediction: the expectation is then the true
         Fisher, which equals the Gauss-Newton matrix (Martens 2020, section 9). Else the given targets are used.
         """
-        cure = f"samples below {len(self.sample)}, a model with frozen layers, or solver='cg'"
-        self.check_memory(len(self.sample), f"of the {len(self.sample)} samples of the curvature", cure)
         with self.told("training", self.sample):
-            found = Gradients.join([self.maker(*batch) for batch in self._drawn_batches()])
+            found = Gradients.join([self.maker(*batch) for batch in self.drawn_batches()])
         self.check_finite(found, "training")
         return found
 
@@ -86,13 +105,13 @@ class Problem:
         if "sampled" in self.__dict__:
             squares = self.sampled.squares()
         else:  # nobody needs the gradients but for their sizes: do not hold them
-            squares = torch.cat([self.maker(*batch).squares() for batch in self._drawn_batches()])
+            squares = torch.cat([self.maker(*batch).squares() for batch in self.drawn_batches()])
         automatic = float(squares.mean()) / len(self.sample)
         if automatic <= 0:
             raise ValueError("every sampled gradient is zero, so no damping can be derived; pass damping=")
         return automatic
 
-    def _drawn_batches(self) -> Iterator[tuple[Inputs, Tensor]]:
+    def drawn_batches(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Chunks of the sampled inputs, with the targets whose gradients make up the Fisher matrix."""
         chosen, uniform, start = self.sample, None, 0
         for inputs, targets in self.batches(self.train, chosen):
@@ -113,9 +132,8 @@ class Problem:
 
     def fitted(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
         """Checked samples on the model's device, numbers with a point in the model's type."""
-        like = next(iter(self.maker.params.values()))
         self.measure.check(self.outputs, targets)
-        return moved(inputs, like), targets.to(like.device, None if targets.is_floating_point() else torch.long)
+        return moved(inputs, self.like), targets.to(self.device, None if targets.is_floating_point() else torch.long)
 
     def batches(self, source: Source, indices: Tensor) -> Iterator[tuple[Inputs, Tensor]]:
         """The samples at `indices`, a chunk at a time."""
@@ -123,7 +141,6 @@ class Problem:
 
     def gradients(self, source: Source, indices: Tensor, role: str = "test") -> tuple[Gradients, Tensor]:
         """The gradients at the samples at `indices`, checked, and their targets (k, …)."""
-        self.check_memory(len(indices), f"of {len(indices)} {role} samples", "fewer of them at once")
         parts = []
         for chosen in indices.split(self.settings.chunk):
             with self.told(role, chosen):
@@ -151,14 +168,6 @@ class Problem:
             samples = f"{int(chosen[0])}..{int(chosen[-1])}"
             raise ValueError(f"the model refuses {role} samples {samples}: {error}") from error
 
-    def check_memory(self, count: int, whose: str, cure: str) -> None:
-        """ValueError where the gradients of so many samples, and a copy while they are joined, find no room."""
-        needed, free = 2 * count * self.held, free_bytes(self.device)
-        if needed > free:
-            raise ValueError(
-                f"the gradients {whose} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; pass {cure}"
-            )
-
     def check_tests(self, source: Source, indices: Tensor) -> None:
         """Errors that say what is wrong with the choice of test samples, or with the samples."""
         if len(indices) == 0:
@@ -182,13 +191,26 @@ def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> P
         with torch.enable_grad():
             check_own(private, model, source)
         problem = Problem(maker, source, settings, try_model(maker, source, 0, "train"))
-        few, chunk = problem.proof()
+        few, _ = problem.proof()
+        with problem.told("training", few):
+            check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
+            maker.prove(tried := [problem.batch(source, few), problem.batch(source, few.flip(0))])
+            problem = _within_memory(problem, few)
+        chunk = problem.proof()[1]
         with problem.told("training", chunk):
-            _prove(problem, few, chunk)
+            maker.prove([*tried, problem.batch(source, chunk)])
     return problem
 
 
-def _prove(problem: Problem, few: Tensor, chunk: Tensor) -> None:
-    source, maker = problem.train, problem.maker
-    check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
-    maker.prove([problem.batch(source, few), problem.batch(source, few.flip(0)), problem.batch(source, chunk)])
+def _within_memory(problem: Problem, few: Tensor) -> Problem:
+    """With what it takes, measured on a few samples, and a chunk that leaves half of the room for the solver."""
+    settings, batch = problem.settings, problem.batch(problem.train, few)
+    room = allowed_bytes(settings.memory, problem.device)
+    gradients = problem.maker(*batch)
+    gradient = gradients.held / len(few)
+    own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
+    sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 2 * gradient
+    footprint = Footprint(gradient, gradients.width, sample, room)
+    largest = max(block.held for block in gradients.blocks) / len(few)
+    chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / largest)))
+    return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,12 +13,12 @@ from torch import Tensor, nn
 
 from ._support import Indices, as_indices, plain_torch
 from .data import Source, as_source
-from .problem import Problem, make_problem
+from .members import average, influences, shares
+from .problem import make_problem
 from .results import Influences
 from .scoring import Member, score_training
 from .settings import InfluenceSettings
-from .solvers import Health, Solved, prepare
-from .stack import Gradients
+from .solvers import Health, prepare
 
 Models = nn.Module | Sequence[nn.Module]
 
@@ -44,80 +41,6 @@ def _indices(chosen: Indices | None, source: Source, role: str) -> Tensor:
     return torch.arange(source.size) if chosen is None else as_indices(chosen, source.size, role)
 
 
-@dataclass(frozen=True, eq=False)
-class _Scored:
-    """One model with its solutions for some test samples."""
-
-    problem: Problem
-    solved: list[Solved]
-    labels: Tensor
-    seconds: float
-
-    @classmethod
-    def solve(cls, model: nn.Module, train: Source, test: Source, indices: Tensor, settings: InfluenceSettings,
-              factors: Sequence[float]) -> _Scored:  # fmt: skip
-        """At each multiple of the model's damping."""
-        start = time.perf_counter()
-        problem = make_problem(model, train, settings)
-        problem.check_tests(test, indices)
-        prepared = prepare(problem)
-        gradients, labels = problem.gradients(test, indices)
-        solved = [prepared.solve(gradients, factor * problem.damping) for factor in factors]
-        return cls(problem, solved, labels, time.perf_counter() - start)
-
-
-def _influences(models: Sequence[nn.Module], train: Any, test: Source, indices: Tensor, settings: InfluenceSettings,
-                factors: Sequence[float]) -> list[Influences]:  # fmt: skip
-    """The mean influences of the models at each multiple of their damping; the data is read once for all of them."""
-    source = as_source(train, "train")
-    members = [_Scored.solve(model, source, test, indices, settings, factors) for model in models]
-    start = time.perf_counter()
-    scores, train_labels = score_training([(one.problem, one.solved) for one in members])
-    seconds = (time.perf_counter() - start) / len(members)
-    about, found = settings.describe() | {"models": len(members)}, []
-    for k in range(len(factors)):
-        each = tuple(
-            dataclasses.replace(
-                one.solved[k].health, seconds_solve=one.seconds, seconds_score=seconds,
-                slow_layers=one.problem.maker.slow_layers,
-            )
-            for one in members
-        )  # fmt: skip
-        mean = average([of_member[k] for of_member in scores], settings.average)
-        labels = members[0].labels.numpy()
-        found.append(Influences(mean, indices.numpy(), labels, train_labels, about, _mean_health(each), each))
-    return found
-
-
-def average(each: Sequence[NDArray[Any]], how: str = "spread") -> NDArray[Any]:
-    """The mean of several models' scores (m, n), one scale for all or as they are: see `InfluenceSettings.average`.
-
-    >>> average([np.array([[1.0, 3.0]]), np.array([[10.0, -10.0]])])  # standard deviations 1 and 10, mean 5.5
-    array([[5.5, 5.5]])
-    """
-    if len(each) == 1:
-        return each[0]
-    if how == "plain":
-        return np.mean(each, axis=0)
-    spreads = np.stack([scores.std(axis=1, keepdims=True) for scores in each])
-    unit = spreads.mean(axis=0)
-    return np.mean([scores * (unit / np.where(own > 0, own, 1)) for scores, own in zip(each, spreads)], axis=0)
-
-
-def _mean_health(each: Sequence[Health]) -> Health:
-    """Of several models: the worst residual, the mean damping, all seconds and all slow layers."""
-    return dataclasses.replace(
-        each[0],
-        residual=max(one.residual for one in each),
-        damping=float(np.mean([one.damping for one in each])),
-        largest_eigenvalue=max((one.largest_eigenvalue for one in each if one.largest_eigenvalue), default=None),
-        iterations=max(one.iterations for one in each),
-        seconds_solve=sum(one.seconds_solve for one in each),
-        seconds_score=sum(one.seconds_score for one in each),
-        slow_layers=tuple(dict.fromkeys(name for one in each for name in one.slow_layers)),
-    )
-
-
 @plain_torch()
 def compute_influences(
     model: Models,
@@ -136,7 +59,7 @@ def compute_influences(
     or model(**x); a map-style data set, a DataLoader of one, or a `Source`.
     settings, changes: an `InfluenceSettings`, and single settings to change in it, as in `solver="cg"`.
     The model is copied: its weights, modes and requires_grad flags stay as they are.
-    Memory: about r·w + m·p + m·n numbers, w the `width` of the gradients; n × p gradients are never held.
+    Memory: never more than `InfluenceSettings.memory`; n × p gradients are never held.
 
     Koh & Liang 2017, eq. 2, negated and divided by n, so that it estimates what leaving the sample out does.
     Raises ValueError (NonFiniteError where a number went bad) saying what was wrong and what to do.
@@ -149,7 +72,7 @@ def compute_influences(
     """
     chosen, source = _settings(settings, changes), as_source(test, "test")
     indices = _indices(test_indices, source, "test")
-    return _influences(_models(model), train, source, indices, chosen, [1.0])[0]
+    return influences(_models(model), train, source, indices, chosen, [1.0])[0]
 
 
 @plain_torch()
@@ -175,7 +98,7 @@ def sweep_damping(
         raise ValueError(f"factors must be positive multiples of the damping, at least one, not {wanted}")
     source = as_source(test, "test")
     chosen = _settings(settings, changes)
-    return dict(zip(wanted, _influences(_models(model), train, source, torch.arange(source.size), chosen, wanted)))
+    return dict(zip(wanted, influences(_models(model), train, source, torch.arange(source.size), chosen, wanted)))
 
 
 @plain_torch()
@@ -192,20 +115,21 @@ def mean_influences(
     (60,)
     """
     chosen, source = _settings(settings, changes), as_source(test, "test")
-    data = as_source(train, "train")
-    members = [_solved_for_the_mean(one, data, source, chosen) for one in _models(model)]
+    data, models = as_source(train, "train"), _models(model)
+    shared, _ = shares(models, chosen, data.size, 1)
+    members = [_solved_for_the_mean(one, data, source, shared) for one in models]
     return average([of_member[0] for of_member in score_training(members)[0]], chosen.average)[0]
 
 
 def _solved_for_the_mean(model: nn.Module, train: Source, test: Source, settings: InfluenceSettings) -> Member:
     problem, everything = make_problem(model, train, settings), torch.arange(test.size)
     problem.check_tests(test, everything)
-    ones = next(iter(problem.maker.params.values())).new_ones(1, settings.chunk)
-    total: Tensor | float = 0.0
-    for chosen in everything.split(settings.chunk):
+    prepared = prepare(problem)
+    problem, total = prepared.problem, torch.zeros(())
+    for chosen in everything.split(problem.settings.chunk):
         gradients = problem.gradients(test, chosen)[0]
-        total = total + gradients.weighted(ones[:, : len(gradients)])
-    solved = prepare(problem).solve(gradients.like(torch.as_tensor(total) / test.size))
+        total = total.to(problem.like) + gradients.weighted(problem.like.new_ones(1, len(gradients)))
+    solved = prepared.solve(gradients.like(total / test.size))
     _warn_unless_converged(solved.health)
     return problem, [solved]
 
@@ -230,13 +154,13 @@ def self_influences(
 
 def _own(model: nn.Module, train: Any, indices: Indices | None, settings: InfluenceSettings) -> Iterator[NDArray[Any]]:
     problem = make_problem(model, train, settings)
-    chosen, prepared = _indices(indices, problem.train, "training"), prepare(problem)
+    chosen = _indices(indices, problem.train, "training")
     problem.check_tests(problem.train, chosen)
-    for part in chosen.split(settings.chunk):
-        gradients: Gradients = problem.gradients(problem.train, part, "training")[0]
-        solved = prepared.solve(gradients)
-        _warn_unless_converged(solved.health)
-        yield (solved.own() / problem.train.size).cpu().numpy()
+    prepared = prepare(problem, min(len(chosen), problem.settings.chunk))
+    for part in chosen.split(prepared.plan.tests):
+        own, health = prepared.own(problem.gradients(problem.train, part, "training")[0])
+        _warn_unless_converged(health)
+        yield (own / problem.train.size).cpu().numpy()
 
 
 def _warn_unless_converged(health: Health) -> None:

@@ -33,12 +33,13 @@ class _Scoring:
     """
 
     members: tuple[Member, ...]
+    chunk: int
     always: bool = False
 
     def __call__(self, chosen: Tensor) -> tuple[list[list[Tensor]], Tensor]:
-        train, settings = self.members[0][0].train, self.members[0][0].settings
+        train = self.members[0][0].train
         last = int(chosen[-1]) == train.size - 1
-        check = self.always or last or int(chosen[0]) // settings.chunk % CHECK_EVERY == 0
+        check = self.always or last or int(chosen[0]) // self.chunk % CHECK_EVERY == 0
         raw, found = train.batch(chosen), []
         for problem, solved in self.members:
             with problem.told("training", chosen):
@@ -49,15 +50,12 @@ class _Scoring:
 
 def score_training(members: Sequence[Member], always: bool = False) -> tuple[list[list[NDArray[Any]]], NDArray[Any]]:
     """For each member, (m, n) influences by each of its solutions, in one pass over the data, and targets (n, …)."""
-    problem = members[0][0]
-    settings, everything = problem.settings, torch.arange(problem.train.size)
-    chunk = min(settings.chunk, problem.train.size)
-    for each, _ in members:
-        each.check_memory(chunk, f"of a chunk of {chunk} samples", f"chunk below {chunk}")
+    settings, everything = members[0][0].settings, torch.arange(members[0][0].train.size)
+    chunk = min(problem.settings.chunk for problem, _ in members)
     # Each its own copy: a part of a tensor travels to another process with all of it.
-    chunks = (chosen.clone() for chosen in everything.split(settings.chunk))
-    parts = in_parallel(_Scoring(tuple(members), always), chunks, settings.jobs)
-    count = math.ceil(problem.train.size / settings.chunk)
+    chunks = (chosen.clone() for chosen in everything.split(chunk))
+    parts = in_parallel(_Scoring(tuple(members), chunk, always), chunks, settings.jobs)
+    count = math.ceil(len(everything) / chunk)
     shown = tqdm(parts, total=count, desc="scoring", unit="chunk", leave=False, disable=not settings.progress)
     try:
         found, targets = zip(*shown)

@@ -12,7 +12,7 @@ from typing import Any
 from .measures import Measure, Values, as_measure
 
 KINDS = {
-    **dict.fromkeys(("damping", "scale", "tolerance"), float),
+    **dict.fromkeys(("damping", "scale", "tolerance", "memory"), float),
     **dict.fromkeys(("samples", "iterations", "batch_size", "repeats", "chunk", "jobs", "seed"), int),
     "device": str,
 }
@@ -20,7 +20,7 @@ KINDS = {
 
 def _plain(name: str, value: Any, kind: type) -> Any:
     """A setting as Python's own number or text, which JSON takes, whatever library's it was; None stays."""
-    if value is None and name in ("damping", "scale"):
+    if value is None and name in ("damping", "scale", "memory"):
         return None
     try:
         if isinstance(value, bool):
@@ -34,17 +34,22 @@ def _plain(name: str, value: Any, kind: type) -> Any:
 class InfluenceSettings:
     """How influence is computed; every field has a working default and is checked.
 
-    solver      how (H + λI)⁻¹ is applied: "kernel", "cg", "lissa", "identity", or one of your own (see `solver`)
+    solver      how (H + λI)⁻¹ is applied: "kernel", "ekfac", "cg", "lissa", "identity", or one of your own (see
+                `solver`). "auto" is "kernel" where that fits into the memory, else "ekfac"; `Health` says which
     measure     "margin", "loss", "squared_error", "binary", "tokens" or your own `Measure`, on both sides of the
                 formula. The default is what foretells retraining best by measurement: an image learned by heart has
                 almost no loss gradient left, but a margin. Only with a loss is a score an estimated change in nats.
     damping     λ > 0, in units of the curvature; None: the mean diagonal of the Gram matrix of the sampled gradients
-                divided by `samples`, that is the mean of the curvature's non-zero eigenvalues
+                divided by `samples`, that is the mean of the curvature's non-zero eigenvalues; of "ekfac", which has
+                p eigenvalues and not `samples`, twice the mean of all (measured, both: what foretells retraining best)
     samples     r: how many training samples stand in for all of them in the curvature H
     curvature   of "cg" and "lissa": "gauss_newton" (never negative) or "hessian"
     tolerance   of "cg": relative residual at which it stops;  iterations: of "cg" at most, the depth of "lissa"
     batch_size, scale, repeats   of "lissa": samples a step, divisor (None: from the largest eigenvalue), averaged runs
-    chunk       training samples scored at a time; jobs: joblib workers; device: "auto", "cpu", "cuda" or "mps"
+    memory      bytes that the call may take (None: half of what is free, on the GPU if there is one). What it needs is
+                known before it is allocated: chunks become smaller, test samples are done in several passes over the
+                training data, and where nothing fits, an error names the numbers
+    chunk       training samples scored at a time, at most; jobs: joblib workers; device: "auto", "cpu", "cuda" or "mps"
     average     how the scores of several models are averaged: "spread" gives each model's row the same standard
                 deviation first, their mean one, so that no model outweighs the others; "plain" takes them as they are
     seed        of everything that is sampled;  progress: show a bar on the terminal
@@ -54,7 +59,7 @@ class InfluenceSettings:
     ValueError: damping must be a positive number, not -1.0
     """
 
-    solver: str = "kernel"
+    solver: str = "auto"
     measure: str | Measure | Values = "margin"
     damping: float | None = None
     samples: int = 2000
@@ -67,6 +72,7 @@ class InfluenceSettings:
     chunk: int = 250
     jobs: int = 1
     device: str = "auto"
+    memory: float | None = None
     average: str = "spread"
     seed: int = 0
     progress: bool = False
@@ -79,7 +85,7 @@ class InfluenceSettings:
             raise ValueError(f"unknown curvature {self.curvature!r}: use one of gauss_newton, hessian")
         if self.average not in ("spread", "plain"):
             raise ValueError(f"unknown average {self.average!r}: use one of spread, plain")
-        for name in ("damping", "scale", "tolerance"):
+        for name in ("damping", "scale", "tolerance", "memory"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise ValueError(f"{name} must be a positive number, not {value}")

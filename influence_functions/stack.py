@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,17 +44,18 @@ class Gradients:
             return directions[:, first.start : last.stop]
         return torch.cat([directions[:, place] for place in places], dim=1)
 
-    def _assemble(self, parts: Sequence[Tensor]) -> Tensor:
-        """(k, q) of each block as (k, p)."""
-        whole = parts[0].new_empty(len(parts[0]), self.size)
+    def assemble(self, parts: Iterable[Tensor]) -> Tensor:
+        """(k, q) of each block, its columns in its own order, as (k, p) in the model's."""
+        whole: Tensor | None = None
         for part, places in zip(parts, self.places):
+            whole = part.new_empty(len(part), self.size) if whole is None else whole
             for place, piece in zip(places, part.split([place.stop - place.start for place in places], dim=1)):
                 whole[:, place] = piece
-        return whole
+        return whole if whole is not None else torch.empty(0)
 
     def dense(self) -> Tensor:
         """(b, p), parameters in the model's order."""
-        return self._assemble([block.dense() for block in self.blocks])
+        return self.assemble(block.dense() for block in self.blocks)
 
     def products(self, other: Gradients) -> Tensor:
         """(b, b') inner products with the gradients of other samples."""
@@ -72,7 +73,7 @@ class Gradients:
 
     def weighted(self, weights: Tensor) -> Tensor:
         """(m, p) sums of the gradients, weighted by (m, b)."""
-        return self._assemble([block.weighted(weights) for block in self.blocks])
+        return self.assemble(block.weighted(weights) for block in self.blocks)
 
     def select(self, chosen: slice | Tensor) -> Gradients:
         """Some of the samples."""

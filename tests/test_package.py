@@ -26,10 +26,11 @@ from influence_functions.solvers import prepare
 
 PACKAGE = Path(__file__).resolve().parent.parent / "influence_functions"
 FROM_THE_GROUND_UP = (
-    "_support", "measures", "blocks", "stack", "layers", "data", "settings", "private", "ensemble", "hooks",
-    "gradients", "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg", "solvers.lissa",
-    "solvers.identity", "solvers", "scoring", "results", "scores", "metrics", "exact", "compat.config", "compat.log",
-    "compat.checks", "compat.original", "compat.files", "compat.kept", "compat.run", "compat", "",
+    "_support", "measures", "blocks", "kronecker", "stack", "layers", "data", "settings", "private", "ensemble",
+    "hooks", "gradients", "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg",
+    "solvers.lissa", "solvers.identity", "solvers.ekfac", "solvers.plan", "solvers", "scoring", "results", "members",
+    "scores", "metrics", "exact", "compat.config", "compat.log", "compat.checks", "compat.original", "compat.files",
+    "compat.kept", "compat.run", "compat", "",
 )  # fmt: skip
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
@@ -216,7 +217,7 @@ def test_a_thousand_test_samples_prepare_their_solver_once(monkeypatch, tmp_path
     import influence_functions.compat.run as run_module
 
     counted = []
-    monkeypatch.setattr(run_module, "prepare", lambda problem: counted.append(1) or prepare(problem))
+    monkeypatch.setattr(run_module, "prepare", lambda *asked: counted.append(1) or prepare(*asked))
     data = torch.utils.data.TensorDataset(torch.randn(1_000, 4), torch.arange(1_000) % 3)
     loader = torch.utils.data.DataLoader(data, batch_size=100)
     config = ptif.InfluenceConfig(outdir=tmp_path, solver="kernel", progress=False, num_classes=3)
@@ -229,7 +230,7 @@ def test_what_scores_a_chunk_travels_without_what_was_computed_on_the_way():
     problem = make_problem(nn.Linear(4, 3), data, InfluenceSettings(device="cpu", samples=20))
     solved = prepare(problem).solve(problem.gradients(data, torch.arange(2))[0])
     assert "sampled" in problem.__dict__
-    again = cloudpickle.loads(cloudpickle.dumps(_Scoring(((problem, (solved,)),))))
+    again = cloudpickle.loads(cloudpickle.dumps(_Scoring(((problem, (solved,)),), 50)))
     assert "sampled" not in again.members[0][0].__dict__
     chosen = torch.arange(7)
-    assert torch.equal(again(chosen)[0][0][0], _Scoring(((problem, (solved,)),))(chosen)[0][0][0])
+    assert torch.equal(again(chosen)[0][0][0], _Scoring(((problem, (solved,)),), 50)(chosen)[0][0][0])

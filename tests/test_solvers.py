@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import influence_functions.compat as ptif
 import notebook_support as ns
+from influence_functions import kronecker
 from influence_functions import (
     MEASURES,
     InfluenceSettings,
@@ -24,10 +25,11 @@ from influence_functions import (
     compute_influences,
     mean_influences,
     self_influences,
+    sweep_damping,
 )
 from influence_functions.exact import fit_softmax_regression, removal_effect
 from influence_functions.problem import make_problem
-from influence_functions.solvers import Kernel
+from influence_functions.solvers import Kernel, prepare
 
 
 @pytest.mark.parametrize("kind", ["linear", "logistic", "mlp"])
@@ -234,3 +236,108 @@ def test_the_cheaper_road_is_taken_and_both_choose_the_same_damping():
     rows = solver.sample.dense()
     products = solver.sample.products(solver.sample)
     assert torch.allclose(products, rows @ rows.T, rtol=1e-4, atol=1e-4 * float(products.abs().max()))
+
+
+# ── eigenvalue-corrected Kronecker factors ───────────────────────────────────────────────────────────────────────
+
+
+def by_hand(problem, sheets_of, damping):
+    """(p, p) curvature + λI from its definition: full matrices, one Kronecker product a sheet, parameters in order."""
+    rows, places = problem.sampled.dense(), problem.sampled.places
+    whole = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype)
+    for shapes, block in zip(problem.maker.shapes(), places):
+        columns = torch.cat([torch.arange(place.start, place.stop) for place in block])
+        for sheet in sheets_of(shapes):
+            grid = sheet.cut(columns[None].double())[0].long()  # (o, d): which parameter each entry is
+            gradients = rows[:, grid.flatten()].unflatten(1, grid.shape)
+            left = torch.linalg.eigh(sum(g @ g.T for g in gradients)).eigenvectors
+            right = torch.linalg.eigh(sum(g.T @ g for g in gradients)).eigenvectors
+            vectors = torch.kron(left, right)
+            values = (gradients.flatten(1) @ vectors).square().mean(0)
+            whole[grid.flatten()[:, None], grid.flatten()] = vectors @ torch.diag(values) @ vectors.T
+    return whole + damping * torch.eye(len(whole), dtype=rows.dtype)
+
+
+@pytest.mark.parametrize("exact", [0, 60, 10_000])
+@pytest.mark.parametrize("measure", ["margin", "loss"])
+@pytest.mark.parametrize("name", ZOO)
+def test_ekfac_equals_its_definition_by_full_matrices(name, measure, exact, monkeypatch):
+    monkeypatch.setattr(kronecker, "EXACT", exact)
+    model = from_the_zoo(name, frozen=False, seed=6)
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(13, 3, 8, 8, generator=generator, dtype=torch.float64)
+    data = (images, torch.randint(0, 3, (13,), generator=generator))
+    settings = InfluenceSettings(solver="ekfac", measure=measure, samples=13, damping=0.1, chunk=5, device="cpu")
+    found = compute_influences(model, data, data, [0, 5, 9], settings)
+    gradients = loop_gradients(model, *data, MEASURES[measure].values)
+    damped = by_hand(make_problem(model, data, settings), kronecker.sheets, 0.1)
+    exact_solution = gradients[[0, 5, 9]] @ torch.linalg.inv(damped) @ gradients.T / 13
+    assert relative_error(found.scores, exact_solution) < 1e-8
+    assert found.health.residual < 1e-10
+    own = self_influences(model, data, [0, 5, 9], settings)
+    assert relative_error(own, exact_solution[[0, 1, 2], [0, 5, 9]]) < 1e-8
+    mean = mean_influences(model, data, data, settings)
+    everything = compute_influences(model, data, data, settings=settings).scores
+    assert relative_error(mean, torch.as_tensor(everything.mean(0))) < 1e-8
+
+
+def test_a_small_model_has_its_exact_fisher_matrix_in_ekfac(blobs, softmax):
+    settings = InfluenceSettings(measure="loss", damping=0.03, samples=40, device="cpu")
+    one, other = (compute_influences(softmax, blobs, blobs, range(4), settings, solver=s) for s in ("kernel", "ekfac"))
+    assert relative_error(one.scores, torch.as_tensor(other.scores)) < 1e-9
+
+
+def test_ekfac_takes_twice_the_mean_eigenvalue_for_damping_and_a_sweep_keeps_to_it(blobs, mlp):
+    problem = make_problem(mlp, blobs, InfluenceSettings(solver="ekfac", samples=40, device="cpu"))
+    trace = float(problem.sampled.squares().mean())
+    parameters = sum(param.numel() for param in mlp.parameters())
+    swept = sweep_damping(mlp, blobs, blobs, (1, 5), solver="ekfac", samples=40, device="cpu")
+    assert swept[1].health.damping == pytest.approx(2 * trace / parameters)
+    again = compute_influences(mlp, blobs, blobs, solver="ekfac", samples=40, damping=swept[5].health.damping)
+    assert relative_error(swept[5].scores, torch.as_tensor(again.scores)) < 1e-12
+
+
+def test_ekfac_serves_tables_shared_weights_and_sides_that_are_too_long(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 6), nn.Flatten(), nn.Linear(24, 4)).double()
+    data = (torch.randint(0, 50, (30, 4)), torch.arange(30) % 4)
+    settings = InfluenceSettings(solver="ekfac", samples=30, damping=0.1, device="cpu")
+    monkeypatch.setattr(kronecker, "EXACT", 0)
+    found = compute_influences(model, data, data, [1, 2], settings)
+    rows = loop_gradients(model, *data, MEASURES["margin"].values)
+    table, other = rows[:, :300].unflatten(1, (50, 6)), rows[:, 300:]
+    directions = torch.linalg.eigh(torch.einsum("nri,nrj->ij", table, table)).eigenvectors
+    values = (table @ directions).square().mean(0)
+    part = torch.einsum("mri,nri->mn", (table[[1, 2]] @ directions) / (values + 0.1), table @ directions)
+    assert float((torch.as_tensor(found.scores) * 30 - part).abs().max()) > 0  # the linear layer's share
+    frozen = nn.Sequential(*model)
+    frozen[2].requires_grad_(False)
+    alone = compute_influences(frozen, data, data, [1, 2], settings)
+    assert relative_error(alone.scores * 30, part) < 1e-9
+    assert relative_error(self_influences(frozen, data, [1], settings) * 30, part[:1, 1]) < 1e-9
+    monkeypatch.setattr(kronecker, "LONGEST", 10)
+    linear = nn.Linear(24, 4, bias=False).double()
+    inputs = torch.randn(30, 24, dtype=torch.float64)
+    found = compute_influences(linear, (inputs, data[1]), (inputs, data[1]), [1, 2], settings)
+    rows = loop_gradients(linear, inputs, data[1], MEASURES["margin"].values).unflatten(1, (4, 24))
+    left = torch.linalg.eigh(torch.einsum("noi,npi->op", rows, rows)).eigenvectors
+    turned = torch.einsum("noi,op->npi", rows, left)
+    exact = torch.einsum("mpi,npi->mn", turned[[1, 2]] / (turned.square().mean(0) + 0.1), turned)
+    assert relative_error(found.scores * 30, exact) < 1e-9
+
+
+def test_features_that_are_never_used_cost_nothing_and_change_nothing():
+    """A 3 × 3 kernel on images of one pixel meets padding in eight of its nine places."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(40, 40, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)).double()
+    data = (torch.randn(20, 40, 1, 1, dtype=torch.float64), torch.arange(20) % 3)
+    prepared = prepare(make_problem(model, data, InfluenceSettings(solver="ekfac", samples=20, device="cpu")))
+    side = next(one.basis.right for one in prepared.fitted if one.sheet.rows == 40)
+    assert len(side.used) == 41  # its inputs, and the bias
+    small = nn.Sequential(nn.Conv2d(40, 40, 1), nn.ReLU(), nn.Flatten(), nn.Linear(40, 3)).double()
+    with torch.no_grad():
+        small[0].weight.copy_(model[0].weight[:, :, 1:2, 1:2])
+    small[0].bias, small[3] = model[0].bias, model[3]
+    given = {"solver": "ekfac", "samples": 20, "damping": 0.01, "device": "cpu"}
+    one, other = (compute_influences(each, data, data, range(3), **given).scores for each in (model, small))
+    assert relative_error(one, torch.as_tensor(other)) < 1e-9

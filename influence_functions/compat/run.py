@@ -107,7 +107,8 @@ class _Run:
         (train_sum, _), (test_sum, targets) = (checksum(source) for source in sources)
         labels = torch.cat(targets).cpu().numpy()
         gradients = f"{type(model).__name__}-{model_checksum(model, sources[0]):08x}-{train_sum}"
-        about = {**settings.describe(), "jobs": 0}  # how many at once changes nothing
+        about = settings.describe() | {"jobs": 0}  # how many at once changes nothing
+        del about["memory"]  # nor does it
         solved = f"{gradients}-{test_sum}-{zlib.crc32(json.dumps(about, sort_keys=True).encode()):08x}"
         keys = {"grad_z": gradients, "s_test": solved}
         return cls(own, model, *sources, settings, choose_tests(own, labels), labels, keys)
@@ -120,7 +121,7 @@ class _Run:
     @cached_property
     def prepared(self) -> Prepared:
         """Prepared once: eigenvalues and factors depend on the training samples only."""
-        return prepare(self.problem)
+        return prepare(self.problem, min(len(self.chosen), BLOCK.get(self.config.solver, STEPWISE_BLOCK)))
 
     def finish(self, block: int, stored: bool) -> tuple[dict[str, Any], list[int], list[int]]:
         """Compute what is left in blocks of test samples, put everything together, write it."""
@@ -152,15 +153,21 @@ class _Run:
         start, chosen = time.perf_counter(), torch.tensor(indices)
         self.problem.check_tests(self.test, chosen)
         if self.config.save_pth is None:
-            solved = self.prepared.solve(self.problem.gradients(self.test, chosen)[0])
-            scores = score_training([(self.problem, [solved])])[0][0][0]
-            residuals = [solved.health.residual] * len(chosen)
+            parts = [self.scored(part) for part in chosen.split(self.prepared.plan.tests)]
+            scores = np.concatenate([part for part, _ in parts])
+            residuals = [residual for _, each in parts for residual in each]
         else:
             scores, residuals = self.scores_kept(indices, stored)
         seconds = (time.perf_counter() - start) / len(indices)
         for index, residual, row in zip(indices, residuals, scores):
             self.parts.write(index, int(self.labels[index]), seconds, residual, -row)
         return indices
+
+    def scored(self, chosen: Tensor) -> tuple[NDArray[Any], list[float]]:
+        """(k, n) scores of as many test samples as fit into the memory, and their residuals."""
+        problem = self.prepared.problem
+        solved = self.prepared.solve(problem.gradients(self.test, chosen)[0])
+        return score_training([(problem, [solved])])[0][0][0], [solved.health.residual] * len(chosen)
 
     def scores_kept(self, indices: list[int], stored: bool) -> tuple[NDArray[Any], list[float]]:
         """(k, n) scores by way of files in `save_pth`: s_test always, the training gradients when `stored`."""

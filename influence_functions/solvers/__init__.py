@@ -1,15 +1,19 @@
 """Ways to apply (H + λI)⁻¹, compared in the open: `SOLVERS` by name."""
 
-from .base import SOLVERS, Directions, Health, Prepared, Solved, check_solver, prepare, solver
+from .base import SOLVERS, Cost, Directions, Health, Prepared, Solved, solver
 from .cg import ConjugateGradients
+from .ekfac import Ekfac
 from .identity import Identity
 from .kernel import Kernel
 from .lissa import Lissa
+from .plan import check_solver, prepare
 
 __all__ = [
     "SOLVERS",
     "ConjugateGradients",
+    "Cost",
     "Directions",
+    "Ekfac",
     "Health",
     "Identity",
     "Kernel",

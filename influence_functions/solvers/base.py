@@ -7,7 +7,7 @@ A solver of your own is one more class, in a file of your own:
 >>> @solver("scaled")
 ... class Scaled(Prepared):
 ...     def solve(self, tests, damping=None):
-...         rate = damping or self.problem.damping
+...         rate = damping or self.damping
 ...         return Directions(tests, tests.dense() / rate, Health("scaled", 0.0, rate))
 >>> "scaled" in SOLVERS
 True
@@ -16,6 +16,7 @@ True
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -42,6 +43,9 @@ class Health:
     labels              of the samples that the Fisher matrix is made of: "drawn" from the model's own prediction,
                         "given" with the data, or "" where the solver needs none
     slow_layers         layers that no rule serves: they are differentiated once a sample, or with the whole network
+    memory              bytes that the call was planned to take at most;  chunk: training samples at a time
+    passes              over the training data: more than one where the test samples did not fit in at once
+    choice              why this solver, where another was asked for first and did not fit
 
     >>> Health("cg", residual=0.3, damping=0.01, iterations=5).converged
     False
@@ -57,6 +61,10 @@ class Health:
     seconds_score: float = math.nan
     labels: str = ""
     slow_layers: tuple[str, ...] = ()
+    memory: float = math.nan
+    chunk: int = 0
+    passes: int = 1
+    choice: str = ""
 
     @property
     def converged(self) -> bool:
@@ -105,15 +113,61 @@ class Directions(Solved):
         return self.s
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that a solver takes: whatever it is asked, for each test sample, each sample of a chunk, and each pair."""
+
+    fixed: float = 0.0
+    test: float = 0.0
+    sample: float = 0.0
+    pair: float = 0.0
+
+    def total(self, tests: int, chunk: int) -> float:
+        """For so many test samples at once, and training samples at a time."""
+        return self.fixed + tests * self.test + chunk * (self.sample + tests * self.pair)
+
+    def plus(self, other: Cost) -> Cost:
+        """Both."""
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`tests` at once and `chunk` training samples at a time, at a price of `memory` bytes; why this `solver`."""
+
+    solver: str = ""
+    tests: int = 1
+    chunk: int = 0
+    memory: float = math.nan
+    choice: str = ""
+
+
 class Prepared(ABC):
     """A solver that has done, once, whatever does not depend on the test samples and on the damping."""
+
+    plan = Plan()
+
+    @classmethod
+    def cost(cls, problem: Problem, tests: int) -> Cost:
+        """What it will take, known before it is allocated; by default, that of gradients and solutions (tests, p)."""
+        return Cost(problem.size, 3 * problem.size, problem.footprint.sample, problem.like.element_size())
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
+    @property
+    def damping(self) -> float:
+        """λ as given, or what suits this solver's curvature."""
+        return self.problem.damping
+
     @abstractmethod
     def solve(self, tests: Gradients, damping: float | None = None) -> Solved:
-        """Solve (H + λI)s = v for the gradients v of m test samples; damping λ: None for the problem's own."""
+        """Solve (H + λI)s = v for the gradients v of m test samples; damping λ: None for the solver's own."""
+
+    def own(self, samples: Gradients) -> tuple[Tensor, Health]:
+        """(k,): n times the influence of each of k training samples on itself, at the solver's own damping."""
+        solved = self.solve(samples)
+        return solved.own(), solved.health
 
 
 def solver(name: str) -> Callable[[type[Prepared]], type[Prepared]]:
@@ -126,18 +180,11 @@ def solver(name: str) -> Callable[[type[Prepared]], type[Prepared]]:
     return register
 
 
-def check_solver(name: str) -> None:
-    """ValueError for a solver that nobody registered."""
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}: use one of {', '.join(SOLVERS)}")
-
-
-def prepare(problem: Problem) -> Prepared:
-    """The solver named in the problem's settings, ready for any test samples."""
-    check_solver(problem.settings.solver)
-    return SOLVERS[problem.settings.solver](problem)
-
-
 def relative_residual(residual: Tensor, v: Tensor) -> float:
     """Largest ‖residual‖ / ‖v‖ over the rows; a zero right-hand side has a zero residual."""
     return float((residual.norm(dim=1) / v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)).max())
+
+
+def stepwise_cost(problem: Problem) -> Cost:
+    """Of a solver that takes curvature products: forward and reverse mode through the model for each pair."""
+    return Cost(2 * problem.size, 10 * problem.size, problem.footprint.sample, 4 * problem.footprint.sample)

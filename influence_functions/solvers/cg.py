@@ -9,12 +9,17 @@ from .._support import NonFiniteError
 from ..curvature import damped_product, largest_curvature
 from ..problem import Problem
 from ..stack import Gradients
-from .base import Directions, Health, Prepared, relative_residual, solver
+from .base import Cost, Directions, Health, Prepared, relative_residual, solver, stepwise_cost
 
 
 @solver("cg")
 class ConjugateGradients(Prepared):
     """All right-hand sides at once (Hestenes & Stiefel 1952), on the Gauss-Newton matrix or the Hessian."""
+
+    @classmethod
+    def cost(cls, problem: Problem, tests: int) -> Cost:
+        """Vectors (tests, p) of the recursion; a product with the curvature is a pass of its own for each test."""
+        return stepwise_cost(problem)
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -22,7 +27,7 @@ class ConjugateGradients(Prepared):
 
     def solve(self, tests: Gradients, damping: float | None = None) -> Directions:
         """Until the residual of every row is below the tolerance, or `iterations` are used up."""
-        problem, v, damping = self.problem, tests.dense(), damping or self.problem.damping
+        problem, v, damping = self.problem, tests.dense(), damping or self.damping
         s, iterations = self._iterate(v, damping)
         worst = relative_residual(damped_product(problem, s, problem.sample, damping) - v, v)
         return Directions(tests, s, Health("cg", worst, damping, self.largest, iterations, len(problem.sample)))

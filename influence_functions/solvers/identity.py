@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..problem import Problem
 from ..stack import Gradients
-from .base import Health, Prepared, Solved, solver
+from .base import Cost, Health, Prepared, Solved, solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,12 @@ class Plain(Solved):
 class Identity(Prepared):
     """H = 0: the plain gradient dot product divided by λ, the baseline that every claim must beat."""
 
+    @classmethod
+    def cost(cls, problem: Problem, tests: int) -> Cost:
+        """The gradients of the test samples, twice while they are joined."""
+        one = problem.footprint
+        return Cost(0, 2 * one.gradient, one.sample, problem.like.element_size())
+
     def solve(self, tests: Gradients, damping: float | None = None) -> Plain:
         """Nothing to solve."""
-        return Plain(tests, Health("identity", 0.0, damping or self.problem.damping))
+        return Plain(tests, Health("identity", 0.0, damping or self.damping))

@@ -11,7 +11,7 @@ from .._support import NonFiniteError
 from ..curvature import largest_eigenvalue
 from ..problem import Problem
 from ..stack import Gradients
-from .base import Directions, Health, Prepared, Solved, relative_residual, solver
+from .base import Cost, Directions, Health, Prepared, Solved, relative_residual, solver
 
 CHECKED, CHECKED_ABOVE = 4, 1e-4  # solutions written out, where the residual may exceed this
 
@@ -61,6 +61,15 @@ class Kernel(Prepared):
     No step size, no divergence; factorised in float64, once for each λ.
     """
 
+    @classmethod
+    def cost(cls, problem: Problem, tests: int) -> Cost:
+        """The sampled gradients, twice while they are joined, and some r × r matrices in float64."""
+        r, one, number = len(problem.sample), problem.footprint, problem.like.element_size()
+        fixed = 2 * r * one.gradient + 4 * 8 * r * r
+        products = _pays(r, tests, one.width, problem.size // number)
+        test = 2 * one.gradient + (24 * r if products else 2 * problem.size)
+        return Cost(fixed, test, one.sample + r * number, number)
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.sample = problem.sampled
@@ -73,12 +82,12 @@ class Kernel(Prepared):
         return self.by_products(tests, damping) if self.pays(len(tests)) else self.by_directions(tests, damping)
 
     def pays(self, m: int) -> bool:
-        """Whether r + m inner products a training sample cost less than m full ones."""
-        return (len(self.sample) + m) * self.sample.width < m * self.sample.size
+        """Whether inner products cost less."""
+        return _pays(len(self.sample), m, self.sample.width, self.sample.size)
 
     def by_directions(self, tests: Gradients, damping: float | None = None) -> Directions:
         """The residual is that of the directions, in their own precision."""
-        damping = damping or self.problem.damping
+        damping = damping or self.damping
         v = tests.dense()
         s = self.directions(v, self.weights(tests, damping)[0], damping)
         return Directions(tests, s, self.health(self.residual(s, v, damping), damping))
@@ -98,7 +107,7 @@ class Kernel(Prepared):
         What is lost where inner products are subtracted, the Gram matrix cannot see: where rounding may matter, the
         solutions that suffer most are written out and checked themselves.
         """
-        damping = damping or self.problem.damping
+        damping = damping or self.damping
         (weights, k), shift = self.weights(tests, damping), len(self.gram) * damping
         exact, norms = weights.cpu().double(), tests.squares().cpu().double().sqrt()
         norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
@@ -131,3 +140,8 @@ class Kernel(Prepared):
         """Direct, so without iterations."""
         labels = "given" if self.problem.measure.draw is None else "drawn"
         return Health("kernel", residual, damping, self.largest, samples=len(self.gram), labels=labels)
+
+
+def _pays(r: int, m: int, width: int, size: int) -> bool:
+    """Whether r + m inner products a training sample cost less than m full ones."""
+    return (r + m) * width < m * size

@@ -11,7 +11,7 @@ from .._support import NonFiniteError
 from ..curvature import damped_product, largest_curvature
 from ..problem import Problem
 from ..stack import Gradients
-from .base import Directions, Health, Prepared, relative_residual, solver
+from .base import Cost, Directions, Health, Prepared, relative_residual, solver, stepwise_cost
 
 
 @solver("lissa")
@@ -22,6 +22,11 @@ class Lissa(Prepared):
     multiplied by the scale, and the result is divided by it. The scale must exceed every eigenvalue of H_batch + λI met
     on the way: it is set to twice the largest one found by power iteration on a few batches.
     """
+
+    @classmethod
+    def cost(cls, problem: Problem, tests: int) -> Cost:
+        """Vectors (tests, p) of the recursion; a product with the curvature is a pass of its own for each test."""
+        return stepwise_cost(problem)
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -81,7 +86,7 @@ class Lissa(Prepared):
 
     def solve(self, tests: Gradients, damping: float | None = None) -> Directions:
         """`iterations` steps, averaged over `repeats` runs."""
-        settings, v, damping = self.problem.settings, tests.dense(), damping or self.problem.damping
+        settings, v, damping = self.problem.settings, tests.dense(), damping or self.damping
         s = self.average(v, settings.iterations, settings.repeats, damping)
         samples, residual = len(self.problem.sample), self.residual(s, v, damping)
         if not residual <= 1:
