@@ -51,10 +51,8 @@ from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.metrics import (
-    average_precision_score,
     confusion_matrix,
     precision_recall_fscore_support,
-    roc_auc_score,
 )
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
@@ -537,10 +535,7 @@ def resnet(depth: int) -> nn.Module:
     return nn.Sequential(*stem, *(Residual(*size) for size in sizes), *head).to(memory_format=torch.channels_last)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "Net": Net,
-    **{f"ResNet-{depth}": partial(resnet, depth) for depth in (8, 20, 110)},
-}
+MODELS: dict[str, Callable[[], nn.Module]] = {"Net": Net} | {f"ResNet-{n}": partial(resnet, n) for n in (8, 20, 110)}
 
 
 @dataclass(frozen=True)
@@ -1182,45 +1177,6 @@ def _logit_margins(result: Evaluation) -> NDArray[Any]:
     own = result.logits.gather(1, result.labels[:, None])[:, 0]
     others = result.logits.scatter(1, result.labels[:, None], -math.inf)
     return (others.max(1).values - own).numpy()
-
-
-def detection_curve(suspicion: NDArray[Any], flipped: Indices) -> tuple[NDArray[Any], NDArray[Any]]:
-    """What inspecting the most suspicious images first finds: (n + 1,) fraction inspected, fraction of `flipped` found.
-
-    suspicion (n,), larger = more suspicious, ties in the order of the images; flipped: indices of the wrong labels.
-    """
-    wrong = _wrong_mask(suspicion, flipped)
-    found = np.cumsum(wrong[np.argsort(-suspicion, kind="stable")])
-    return np.linspace(0, 1, len(wrong) + 1), np.concatenate([[0.0], found / wrong.sum()])
-
-
-def detection_quality(suspicion: NDArray[Any], flipped: Indices, inspected: float = 0.1) -> dict[str, float]:
-    """ROC AUC and average precision of a suspicion (n,), and the fraction of `flipped` found in the first `inspected`.
-
-    0.5, the share of wrong labels, and `inspected` itself are what guessing gets. (scikit-learn's metrics.)
-    """
-    wrong = _wrong_mask(suspicion, flipped)
-    if not 0 < inspected <= 1:
-        raise ValueError(f"inspected must be a fraction above 0 and at most 1, not {inspected}")
-    if wrong.all():
-        raise ValueError("every label is flipped: there is nothing to tell apart")
-    _, found = detection_curve(suspicion, flipped)
-    return {
-        "ROC AUC": float(roc_auc_score(wrong, suspicion)),
-        "average precision": float(average_precision_score(wrong, suspicion)),
-        "found": float(found[round(inspected * len(wrong))]),
-    }
-
-
-def _wrong_mask(suspicion: NDArray[Any], flipped: Indices) -> NDArray[np.bool_]:
-    """(n,) whether each label is flipped; an error when there is nothing to rank by or nothing to find."""
-    if suspicion.ndim != 1 or not np.isfinite(suspicion).all():
-        raise ValueError(f"suspicion must be one finite number an image, not {suspicion.shape} with NaN or infinity")
-    wrong = np.zeros(len(suspicion), np.bool_)
-    wrong[as_indices(flipped, len(suspicion), "flipped")] = True
-    if not wrong.any():
-        raise ValueError("flipped must hold at least one index: there is nothing to find")
-    return wrong
 
 
 def list_suspects(

@@ -188,12 +188,12 @@ class Pair(Factors):
         if t * m > WRITTEN * (t + m):
             return torch.cat([directions @ self.select(part).dense().T for part in slices(b, self.size)], dim=1)
         weight, inputs, found = directions[:, : o * i].reshape(m * o, i), self.inputs, []
-        if 2 * int((used := inputs.flatten(0, 1).any(0)).sum()) < i:
+        if 2 * len(used := inputs.flatten(0, 1).any(0).nonzero()[:, 0]) < i:
             weight, inputs = weight[:, used], inputs[..., used]
         for part in slices(b, t * m * o):
-            moved = (inputs[part] @ weight.T).unflatten(2, (m, o))  # (b, t, m, o)
+            moved = (inputs[part].flatten(0, 1) @ weight.T).view(-1, t, m, o)
             if self.bias:
-                moved += directions[:, o * i :]
+                moved += directions[:, o * i :].view(m, o)
             found.append(torch.einsum("btmo,bto->mb", moved, self.deltas[part]))
         return torch.cat(found, dim=1)
 

@@ -50,14 +50,16 @@ class GradientMaker:
         self.slow_layers: tuple[str, ...] = ()
 
     @torch.no_grad()
-    def __call__(self, inputs: Inputs, targets: Tensor, check: bool = True, mend: bool = True) -> Gradients:
-        """The gradients of the measure at each sample: inputs (b, …), targets (b, …).
+    def __call__(self, inputs: Inputs, targets: Tensor, check: bool = True, mend: bool = True,
+                 light: bool = True) -> Gradients:  # fmt: skip
+        """The gradients of the measure at each sample: inputs (b, …), targets (b, …); light: for inner products.
 
-        check: hold each layer's against autograd on this very batch, at the price of one more backward pass, as is done
-        in any case where a batch goes another way than those before. Those that do not agree, as where a forward sorts
-        its batch or sends samples different ways, are made in a loop if `mend`, else DisagreementError.
+        check: hold each layer's against autograd on this batch, at the price of one more backward pass, as is done in
+        any case where a batch goes another way than those before. Those that do not agree, as where a forward sorts its
+        batch or sends samples different ways, are made in a loop if `mend`, else DisagreementError.
         """
         blocks = self._by_layer(inputs, targets, check, mend) if self.roads else {}
+        blocks = {name: lightest(block) for name, block in blocks.items()} if light else blocks
         if rest := self._rest():
             blocks[NETWORK] = self._dense(rest, self._through_the_network(rest, inputs, targets))
         return Gradients(tuple(blocks.values()), tuple(self._places(name, rest) for name in blocks))
@@ -79,8 +81,8 @@ class GradientMaker:
     def prove(self, batches: Sequence[tuple[Inputs, Tensor]]) -> None:
         """Choose each layer's road by comparing with plain autograd, on the first few samples (PROVED) of each batch.
 
-        The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few.
-        A rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
+        The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few. A
+        rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
         """
         self.layers, self.roads, self.looped = (all_layers := _layers(self.model)), {}, False
         passes = [self.recorder(self.measure, *batch) for batch in batches]
@@ -145,8 +147,7 @@ class GradientMaker:
                     odd.add(layer)
         if odd and not mend:
             raise DisagreementError(min(odd))
-        if not odd:
-            self.seen.add(one.shape)
+        self.seen |= set() if odd else {one.shape}
         exact = self._in_a_loop([name for layer in odd for name in self._parameters(layer)], inputs, targets)
         return found | {layer: self._dense(self._parameters(layer), exact) for layer in odd}
 
@@ -160,13 +161,13 @@ class GradientMaker:
         }  # fmt: skip
 
     def _block(self, name: str, calls: Sequence[Call], samples: int) -> Block:
-        """The gradients of a layer, summed over its calls; zero where it was not called."""
+        """Of a layer, summed over its calls; zero where it was not called."""
         layer, names = self.model.get_submodule(name), self.layers[name]
         blocks = [self.roads[name](layer, names, one) for one in calls]
         if not blocks:
             params = [layer.get_parameter(param) for param in names]
             return Dense(params[0].new_zeros(samples, sum(param.numel() for param in params)).detach())
-        return lightest(reduce(lambda a, b: a.add(b), blocks))
+        return reduce(lambda a, b: a.add(b), blocks)
 
     def _through_the_network(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
         """name → (b, *shape): the gradients of the parameters `names`, by differentiating the whole network."""
@@ -181,12 +182,11 @@ class GradientMaker:
         return vmap(grad(single), in_dims=(None, 0, 0))({n: self.params[n] for n in names}, inputs, targets)
 
     def _in_a_loop(self, names: list[str], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
-        """The same by plain autograd, one sample after the other: slow, general, and what all else is held against."""
+        """The same by plain autograd, one sample after the other: slow, general, what all else is held against."""
         if not names:
             return {}
         model = self.recorder.scratch()
-        own = dict(model.named_parameters())
-        params, rows = [own[name] for name in names], []
+        params, rows = [model.get_parameter(name) for name in names], []
         for i in range(len(targets)):
             one = slice(i, i + 1)
             with torch.enable_grad():
@@ -203,7 +203,7 @@ class GradientMaker:
         return Dense(torch.cat([values[name].reshape(len(values[name]), -1) for name in names], dim=1))
 
     def _parameters(self, layer: str) -> list[str]:
-        """The full names of the parameters of a layer."""
+        """Their full names."""
         return [f"{layer}.{name}" if layer else name for name in self.layers[layer]]
 
     def _rest(self) -> list[str]:

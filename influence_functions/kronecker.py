@@ -17,6 +17,7 @@ from torch import Tensor
 from .blocks import Block, Lookup, Pair, slices
 
 EXACT = 1024  # numbers a sample up to which a layer is one row: its curvature is then a matrix of its own, exact
+FEW = 8  # positions up to which pairs of them cost less than gradients that are written out (measured)
 LONGEST = 5000  # a longer side keeps its axes: the directions of one of n are a matrix (n, n), at a price of n³
 
 
@@ -73,17 +74,14 @@ class Side:
     vectors: Tensor
 
     @classmethod
-    def of(cls, moment: Tensor) -> Side:
-        """The eigenvectors of a second moment (n, n)."""
+    def of(cls, moment: Tensor | None, like: Tensor) -> Side:
+        """The eigenvectors of a second moment (n, n); where there is none, the axes."""
+        if moment is None:
+            return cls(like.new_zeros(0, dtype=torch.long), like.new_zeros(0, 0))
         used = moment.diagonal().nonzero()[:, 0]
         part = moment[used][:, used]
         home = part.cpu() if part.device.type == "mps" else part  # where torch has no eigenvectors
         return cls(used, torch.linalg.eigh(home).eigenvectors.to(moment))
-
-    @classmethod
-    def axes(cls, like: Tensor) -> Side:
-        """No direction but the axes."""
-        return cls(like.new_zeros(0, dtype=torch.long), like.new_zeros(0, 0))
 
     def turn(self, features: Tensor) -> Tensor:
         """(…, n) in these directions."""
@@ -121,20 +119,24 @@ class Matrices(ABC):
     """The gradients of b samples in one sheet, (b, o, d), in whichever form they come."""
 
     @abstractmethod
-    def moments(self) -> tuple[Tensor | None, Tensor | None]:
-        """Sums over the samples of GGᵀ (o, o) and GᵀG (d, d); None for a side that keeps its axes."""
+    def add_moments(self, left: Tensor | None, right: Tensor | None) -> None:
+        """Add the sums over the samples of GGᵀ to `left` (o, o), of GᵀG to `right` (d, d); None: of no interest."""
 
     @abstractmethod
     def turned(self, basis: Basis) -> Matrices:
         """The same in other directions."""
 
     @abstractmethod
+    def parts(self) -> Iterator[Full]:
+        """Written out, as many samples at a time as an intermediate result may hold."""
+
     def squares(self) -> Tensor:
         """(o, d): sums over the samples of the squared entries."""
+        return torch.stack([part.squares() for part in self.parts()]).sum(0)
 
-    @abstractmethod
     def weighed(self, weights: Tensor) -> Tensor:
         """(b,): of each sample the squared entries, weighted by (o, d) and summed."""
+        return torch.cat([part.weighed(weights) for part in self.parts()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,13 +145,18 @@ class Full(Matrices):
 
     values: Tensor
 
-    def moments(self) -> tuple[Tensor | None, Tensor | None]:
-        _, o, d = self.values.shape
+    def add_moments(self, left: Tensor | None, right: Tensor | None) -> None:
         across, along = self.values.transpose(0, 1).flatten(1), self.values.flatten(0, 1)
-        return across @ across.T if o <= LONGEST else None, along.T @ along if d <= LONGEST else None
+        if left is not None:
+            left.addmm_(across, across.T)
+        if right is not None:
+            right.addmm_(along.T, along)
 
     def turned(self, basis: Basis) -> Full:
         return Full(basis.turn(self.values))
+
+    def parts(self) -> Iterator[Full]:
+        yield self
 
     def squares(self) -> Tensor:
         return self.values.square().sum(0)
@@ -165,26 +172,38 @@ class Outer(Matrices):
     deltas: Tensor
     inputs: Tensor
 
-    def moments(self) -> tuple[Tensor | None, Tensor | None]:
-        return _moment(self.deltas, self.inputs), _moment(self.inputs, self.deltas)
+    def add_moments(self, left: Tensor | None, right: Tensor | None) -> None:
+        _add_moment(left, self.deltas, self.inputs)
+        _add_moment(right, self.inputs, self.deltas)
 
     def turned(self, basis: Basis) -> Outer:
         return Outer(basis.left.turn(self.deltas), basis.right.turn(self.inputs))
 
-    def parts(self) -> Iterator[Full]:
-        """Written out, as many samples at a time as an intermediate result may hold."""
-        for part in slices(len(self.deltas), self.deltas.shape[2] * self.inputs.shape[2]):
-            yield Full(self.deltas[part].mT @ self.inputs[part])
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """A square of a sum over t is one over pairs (t, u): Σ δ_t δ_u (k, o) ⊗ a_t a_u (k, d), for slices of samples.
+
+        Never written out, which costs more than the pairs where there are few.
+        """
+        t, u = torch.triu_indices(*[self.deltas.shape[1]] * 2, device=self.deltas.device)
+        twice = 1 + (t != u).to(self.deltas)[:, None]
+        for part in slices(len(self.deltas), len(t) * (self.deltas.shape[2] + self.inputs.shape[2])):
+            deltas, inputs = self.deltas[part], self.inputs[part]
+            yield deltas[:, t] * deltas[:, u] * twice, inputs[:, t] * inputs[:, u]
 
     def squares(self) -> Tensor:
-        if self.deltas.shape[1] == 1:
-            return self.deltas[:, 0].square().T @ self.inputs[:, 0].square()
-        return torch.stack([part.squares() for part in self.parts()]).sum(0)
+        if self.deltas.shape[1] > FEW:
+            return super().squares()
+        found = [deltas.flatten(0, 1).T @ inputs.flatten(0, 1) for deltas, inputs in self.pairs()]
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
     def weighed(self, weights: Tensor) -> Tensor:
-        if self.deltas.shape[1] == 1:
-            return ((self.deltas[:, 0].square() @ weights) * self.inputs[:, 0].square()).sum(1)
-        return torch.cat([part.weighed(weights) for part in self.parts()])
+        if self.deltas.shape[1] > FEW:
+            return super().weighed(weights)
+        return torch.cat([((deltas @ weights) * inputs).sum((1, 2)) for deltas, inputs in self.pairs()])
+
+    def parts(self) -> Iterator[Full]:
+        for part in slices(len(self.deltas), self.deltas.shape[2] * self.inputs.shape[2]):
+            yield Full(self.deltas[part].mT @ self.inputs[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,31 +212,34 @@ class Rows(Matrices):
 
     table: Lookup
 
-    def moments(self) -> tuple[Tensor | None, Tensor | None]:
+    def add_moments(self, left: Tensor | None, right: Tensor | None) -> None:
         same, deltas = self.table.meet(self.table.inputs, self.table.inputs), self.table.deltas
-        return None, deltas.flatten(0, 1).T @ (same @ deltas).flatten(0, 1)
+        if right is not None:
+            right.addmm_(deltas.flatten(0, 1).T, (same @ deltas).flatten(0, 1))
 
     def turned(self, basis: Basis) -> Rows:
         table = self.table
         return Rows(Lookup(table.inputs, basis.right.turn(table.deltas), table.rows))
 
     def parts(self) -> Iterator[Full]:
-        """Written out, as many samples at a time as an intermediate result may hold."""
         for part in slices(len(self.table), self.table.size):
             yield Full(self.table.select(part).dense().unflatten(1, (self.table.rows, -1)))
 
-    def squares(self) -> Tensor:
-        return torch.stack([part.squares() for part in self.parts()]).sum(0)
 
-    def weighed(self, weights: Tensor) -> Tensor:
-        return torch.cat([part.weighed(weights) for part in self.parts()])
+def moment_of(side: int, like: Tensor) -> Tensor | None:
+    """Where the second moment of a side is summed; none where it would be too long."""
+    return like.new_zeros(side, side) if side <= LONGEST else None
 
 
-def _moment(side: Tensor, other: Tensor) -> Tensor | None:
-    """Sum over samples of Σ_tu side_t (other_t · other_u) side_uᵀ: (n, n) of side (b, t, n)."""
-    if side.shape[2] > LONGEST:
-        return None
-    return side.flatten(0, 1).T @ ((other @ other.mT) @ side).flatten(0, 1)
+def _add_moment(total: Tensor | None, side: Tensor, other: Tensor) -> None:
+    """Add the sum over samples of Σ_tu side_t (other_t · other_u) side_uᵀ, of side (b, t, n), to total (n, n)."""
+    if total is None:
+        return
+    mine, weighed = side.flatten(0, 1), ((other @ other.mT) @ side).flatten(0, 1)
+    if 2 * len(used := mine.any(0).nonzero()[:, 0]) < len(total):
+        total[used[:, None], used] += mine[:, used].T @ weighed[:, used]
+    else:
+        total.addmm_(mine.T, weighed)
 
 
 def matrices(block: Block, sheet: Sheet) -> Matrices:

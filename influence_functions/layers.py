@@ -145,7 +145,7 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, deltas: Tensor) ->
         padded, deltas, steps = padded.unsqueeze(2), deltas.unsqueeze(2), [(1, 1), *steps]
     kernel = (1 if isinstance(layer, nn.Conv1d) else layer.kernel_size[0], layer.kernel_size[-1])
     positions, window = deltas[0, 0].numel(), layer.weight[0].numel()
-    lighter = positions**2 * (window + layer.out_channels) < window * layer.out_channels  # an inner product as factors
+    lighter = 2 * positions * (window + layer.out_channels) < window * layer.out_channels  # as factors, in memory
     if layer.groups == 1 and lighter:
         windows = _columns(padded, kernel[1], *steps[1], deltas.shape[3])
         rows = [_rows(windows, row, deltas.shape[2], *steps[0]) for row in range(kernel[0])]  # each (b, c, l, h, w)

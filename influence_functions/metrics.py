@@ -1,4 +1,6 @@
-"""How good are scores? The linear datamodeling score, what noise leaves of it, and how stable the images shown are."""
+"""How good are scores? The linear datamodeling score, what noise leaves of it, how stable what is shown is, and what
+is found of wrong labels.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 
-from ._support import NonFiniteError
+from ._support import Indices, NonFiniteError, as_indices
 from .results import Influences
 
 
@@ -145,3 +148,49 @@ def found_by(counts: pd.DataFrame, test_index: int, kind: str) -> dict[int, int]
         return None
     chosen = measured[measured["kind"] == kind]
     return dict(zip(chosen["train_index"].tolist(), chosen["found_by"].tolist()))
+
+
+def detection_curve(suspicion: NDArray[Any], flipped: Indices) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What inspecting the most suspicious images first finds: (n + 1,) fraction inspected, fraction of `flipped` found.
+
+    suspicion (n,), larger = more suspicious, ties in the order of the images; flipped: indices of the wrong labels.
+
+    >>> detection_curve(np.array([0.1, 0.9, 0.2, 0.3]), flipped=[1, 2])[1].tolist()
+    [0.0, 0.5, 0.5, 1.0, 1.0]
+    """
+    wrong = _wrong_mask(suspicion, flipped)
+    found = np.cumsum(wrong[np.argsort(-suspicion, kind="stable")])
+    return np.linspace(0, 1, len(wrong) + 1), np.concatenate([[0.0], found / wrong.sum()])
+
+
+def detection_quality(suspicion: NDArray[Any], flipped: Indices, inspected: float = 0.1) -> dict[str, float]:
+    """ROC AUC and average precision of a suspicion (n,), and the fraction of `flipped` found in the first `inspected`.
+
+    0.5, the share of wrong labels, and `inspected` itself are what guessing gets. (scikit-learn's metrics.)
+
+    >>> quality = detection_quality(np.array([0.1, 0.9, 0.2, 0.3]), flipped=[1], inspected=0.25)
+    >>> quality["ROC AUC"], quality["found"]
+    (1.0, 1.0)
+    """
+    wrong = _wrong_mask(suspicion, flipped)
+    if not 0 < inspected <= 1:
+        raise ValueError(f"inspected must be a fraction above 0 and at most 1, not {inspected}")
+    if wrong.all():
+        raise ValueError("every label is flipped: there is nothing to tell apart")
+    _, found = detection_curve(suspicion, flipped)
+    return {
+        "ROC AUC": float(roc_auc_score(wrong, suspicion)),
+        "average precision": float(average_precision_score(wrong, suspicion)),
+        "found": float(found[round(inspected * len(wrong))]),
+    }
+
+
+def _wrong_mask(suspicion: NDArray[Any], flipped: Indices) -> NDArray[np.bool_]:
+    """(n,) whether each label is flipped; an error when there is nothing to rank by or nothing to find."""
+    if suspicion.ndim != 1 or not np.isfinite(suspicion).all():
+        raise ValueError(f"suspicion must be one finite number an image, not {suspicion.shape} with NaN or infinity")
+    wrong = np.zeros(len(suspicion), np.bool_)
+    wrong[as_indices(flipped, len(suspicion), "flipped")] = True
+    if not wrong.any():
+        raise ValueError("flipped must hold at least one index: there is nothing to find")
+    return wrong

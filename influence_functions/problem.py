@@ -22,6 +22,7 @@ from .settings import InfluenceSettings
 from .stack import Gradients
 from .verify import check_measure, check_own, try_model
 
+CHECK_EVERY = 8  # chunks of training samples, whose gradients are held against autograd
 QUICK = 24e6  # bytes up to which an array is allocated quickly: larger ones come from the system, page by page
 
 

@@ -14,11 +14,8 @@ from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata
 
 from ._support import NonFiniteError, in_parallel
 from .gradients import DisagreementError
-from .problem import Problem, join_targets
+from .problem import CHECK_EVERY, Problem, join_targets
 from .solvers import Solved
-
-CHECK_EVERY = 8  # chunks of training samples
-
 
 Member = tuple[Problem, Sequence[Solved]]
 """One model with the training data, and solutions for it."""

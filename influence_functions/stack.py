@@ -44,8 +44,8 @@ class Gradients:
             return directions[:, first.start : last.stop]
         return torch.cat([directions[:, place] for place in places], dim=1)
 
-    def assemble(self, parts: Iterable[Tensor]) -> Tensor:
-        """(k, q) of each block, its columns in its own order, as (k, p) in the model's."""
+    def _assemble(self, parts: Iterable[Tensor]) -> Tensor:
+        """(k, q) of each block as (k, p)."""
         whole: Tensor | None = None
         for part, places in zip(parts, self.places):
             whole = part.new_empty(len(part), self.size) if whole is None else whole
@@ -55,7 +55,7 @@ class Gradients:
 
     def dense(self) -> Tensor:
         """(b, p), parameters in the model's order."""
-        return self.assemble(block.dense() for block in self.blocks)
+        return self._assemble(block.dense() for block in self.blocks)
 
     def products(self, other: Gradients) -> Tensor:
         """(b, b') inner products with the gradients of other samples."""
@@ -66,14 +66,13 @@ class Gradients:
         """(b,) squared norms."""
         return _sum([block.squares() for block in self.blocks])
 
-    def against(self, directions: Tensor) -> Tensor:
-        """(m, b) inner products with directions (m, p)."""
-        parts = zip(self.blocks, self.places)
-        return _sum([block.against(self._gather(directions, places)) for block, places in parts])
+    def against(self, directions: Gradients) -> Tensor:
+        """(m, b) inner products with m directions: see `like`."""
+        return _sum([mine.against(theirs.dense()) for mine, theirs in zip(self.blocks, directions.blocks, strict=True)])
 
     def weighted(self, weights: Tensor) -> Tensor:
         """(m, p) sums of the gradients, weighted by (m, b)."""
-        return self.assemble(block.weighted(weights) for block in self.blocks)
+        return self._assemble(block.weighted(weights) for block in self.blocks)
 
     def select(self, chosen: slice | Tensor) -> Gradients:
         """Some of the samples."""
@@ -81,7 +80,11 @@ class Gradients:
 
     def like(self, matrix: Tensor) -> Gradients:
         """Any (k, p) as gradients of k samples, in blocks like these."""
-        return Gradients(tuple(Dense(self._gather(matrix, places)) for places in self.places), self.places)
+        return self.of_blocks(self._gather(matrix, places) for places in self.places)
+
+    def of_blocks(self, parts: Iterable[Tensor]) -> Gradients:
+        """Any (k, q) for each block, its columns in its own order."""
+        return Gradients(tuple(Dense(part.contiguous()) for part in parts), self.places)
 
     @staticmethod
     def join(parts: Sequence[Gradients]) -> Gradients:

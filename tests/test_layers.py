@@ -150,7 +150,7 @@ def test_each_rule_gives_the_gradients_of_a_loop(name, measure, frozen):
     assert relative_error(found.squares(), exact.square().sum(1)) < 1e-10
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(3, exact.shape[1], generator=generator, dtype=torch.float64)
-    assert relative_error(found.against(directions), directions @ exact.T) < 1e-10
+    assert relative_error(found.against(found.like(directions)), directions @ exact.T) < 1e-10
     weights = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     assert relative_error(found.weighted(weights), weights @ exact) < 1e-10
     halves = type(found).join([found.select(slice(0, 2)), found.select(slice(2, 6))])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import notebook_support as ns
+from influence_functions import metrics
 
 CONFIG = ns.TrainConfig(epochs=1, batch_size=32, peak_lr=0.02)
 
@@ -89,21 +90,21 @@ def test_labels_of_the_wrong_length_or_kind(digits):
 
 def test_detection_by_hand():
     suspicion, flipped = np.array([0.1, 0.9, 0.5, 0.8, 0.2]), np.array([1, 2])
-    inspected, found = ns.detection_curve(suspicion, flipped)  # in the order 1, 3, 2, 4, 0
+    inspected, found = metrics.detection_curve(suspicion, flipped)  # in the order 1, 3, 2, 4, 0
     assert inspected.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert found.tolist() == [0, 0.5, 0.5, 1, 1, 1]
-    quality = ns.detection_quality(suspicion, flipped, inspected=0.2)
+    quality = metrics.detection_quality(suspicion, flipped, inspected=0.2)
     # pairs (wrong, right) in the right order: 0.9 beats three, 0.5 beats two of 3; precision 1/1 and 2/3 at the hits
     assert quality == pytest.approx({"ROC AUC": 5 / 6, "average precision": (1 + 2 / 3) / 2, "found": 0.5})
 
 
 def test_detection_by_chance_and_by_an_oracle():
     generator, flipped = np.random.default_rng(0), np.arange(0, 5000, 10)
-    chance = ns.detection_quality(generator.random(5000), flipped)
+    chance = metrics.detection_quality(generator.random(5000), flipped)
     assert chance == pytest.approx({"ROC AUC": 0.5, "average precision": 0.1, "found": 0.1}, abs=0.05)
     oracle = np.isin(np.arange(5000), flipped).astype(float)
-    assert ns.detection_quality(oracle, flipped) == {"ROC AUC": 1, "average precision": 1, "found": 1}
-    assert ns.detection_quality(-oracle, flipped)["ROC AUC"] == 0
+    assert metrics.detection_quality(oracle, flipped) == {"ROC AUC": 1, "average precision": 1, "found": 1}
+    assert metrics.detection_quality(-oracle, flipped)["ROC AUC"] == 0
 
 
 @pytest.mark.parametrize(
@@ -118,12 +119,12 @@ def test_detection_by_chance_and_by_an_oracle():
 )
 def test_detection_needs_something_to_rank_and_to_find(suspicion, flipped, words):
     with pytest.raises(ValueError, match=words):
-        ns.detection_quality(suspicion, flipped)
+        metrics.detection_quality(suspicion, flipped)
 
 
 def test_inspecting_a_share_that_is_none():
     with pytest.raises(ValueError, match="inspected must be a fraction"):
-        ns.detection_quality(np.arange(3.0), np.array([0]), inspected=0)
+        metrics.detection_quality(np.arange(3.0), np.array([0]), inspected=0)
 
 
 def test_the_interval_of_a_mean_by_hand():
@@ -165,7 +166,7 @@ def test_every_score_of_a_trained_model_finds_wrong_labels_better_than_chance(di
     table = ns.suspicion_scores(training, noisy, test, probabilities)
     assert len(table.columns) == 12
     assert set(table.attrs["seconds"]) == set(table.columns)
-    found = {name: ns.detection_quality(table[name].to_numpy(), flipped)["ROC AUC"] for name in table}
+    found = {name: metrics.detection_quality(table[name].to_numpy(), flipped)["ROC AUC"] for name in table}
     assert found.pop("random") < 0.65
     assert min(found.values()) > 0.65, found  # the signs are right: turned round, these would be below 0.35
     result = ns.evaluate(training.model, noisy)

@@ -28,6 +28,7 @@ from influence_functions import (
     NonFiniteError,
     compute_influences,
     mean_influences,
+    metrics,
     self_influences,
 )
 from influence_functions.exact import leave_one_out, removal_effect
@@ -90,7 +91,7 @@ def test_01_each_way_to_say_these_samples(chosen):
     np.testing.assert_allclose(effects, leave_one_out(data, data, 0.1, [1, 5, 9]), rtol=1e-9)
     assert removal_effect(data, data, 0.1, chosen) == pytest.approx(removal_effect(data, data, 0.1, [1, 5, 9]))
     suspicion = np.arange(12.0)
-    assert ns.detection_quality(suspicion, chosen, 0.5) == ns.detection_quality(suspicion, [1, 5, 9], 0.5)
+    assert metrics.detection_quality(suspicion, chosen, 0.5) == metrics.detection_quality(suspicion, [1, 5, 9], 0.5)
     digits = ns.load_data("digits")[0].subset(range(12))
     assert torch.equal(digits.subset(chosen).images, digits.images[[1, 5, 9]])
 
@@ -104,7 +105,7 @@ def test_01_what_is_no_index_is_refused(chosen):
         lambda: self_influences(model, data, chosen, **PLAIN),
         lambda: leave_one_out(data, data, 0.1, chosen),
         lambda: removal_effect(data, data, 0.1, chosen),
-        lambda: ns.detection_curve(np.arange(12.0), chosen),
+        lambda: metrics.detection_curve(np.arange(12.0), chosen),
         lambda: digits.subset(chosen),
     ):
         with pytest.raises(ValueError, match=r"indices must (be whole numbers, or a mask of 12|lie in 0\.\.11)"):

@@ -17,12 +17,12 @@ from torch.utils.data import TensorDataset
 
 import influence_functions.compat as ptif
 import notebook_support as ns
-from influence_functions import kronecker
 from influence_functions import (
     MEASURES,
     InfluenceSettings,
     NonFiniteError,
     compute_influences,
+    kronecker,
     mean_influences,
     self_influences,
     sweep_damping,
@@ -303,13 +303,11 @@ def test_ekfac_serves_tables_shared_weights_and_sides_that_are_too_long(monkeypa
     data = (torch.randint(0, 50, (30, 4)), torch.arange(30) % 4)
     settings = InfluenceSettings(solver="ekfac", samples=30, damping=0.1, device="cpu")
     monkeypatch.setattr(kronecker, "EXACT", 0)
-    found = compute_influences(model, data, data, [1, 2], settings)
     rows = loop_gradients(model, *data, MEASURES["margin"].values)
-    table, other = rows[:, :300].unflatten(1, (50, 6)), rows[:, 300:]
+    table = rows[:, :300].unflatten(1, (50, 6))
     directions = torch.linalg.eigh(torch.einsum("nri,nrj->ij", table, table)).eigenvectors
     values = (table @ directions).square().mean(0)
     part = torch.einsum("mri,nri->mn", (table[[1, 2]] @ directions) / (values + 0.1), table @ directions)
-    assert float((torch.as_tensor(found.scores) * 30 - part).abs().max()) > 0  # the linear layer's share
     frozen = nn.Sequential(*model)
     frozen[2].requires_grad_(False)
     alone = compute_influences(frozen, data, data, [1, 2], settings)

@@ -175,7 +175,10 @@ class _Run:
         if stored:
             return join_scores([directions @ rows.T for rows in self.gradients()]), residuals
         health = Health(self.config.solver, max(residuals), self.settings.damping or math.nan)
-        return score_training([(self.problem, [Directions(None, directions, health)])])[0][0][0], residuals
+        solved = Directions(
+            None, self.problem.gradients(self.test, torch.tensor(indices[:1]))[0].like(directions), health
+        )
+        return score_training([(self.problem, [solved])])[0][0][0], residuals
 
     def directions(self, indices: list[int]) -> tuple[Tensor, list[float]]:
         """(k, p) s_test of the test samples, and their residuals: from their files, or solved and written there."""

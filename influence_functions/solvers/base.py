@@ -8,7 +8,7 @@ A solver of your own is one more class, in a file of your own:
 ... class Scaled(Prepared):
 ...     def solve(self, tests, damping=None):
 ...         rate = damping or self.damping
-...         return Directions(tests, tests.dense() / rate, Health("scaled", 0.0, rate))
+...         return Directions(tests, tests.like(tests.dense() / rate), Health("scaled", 0.0, rate))
 >>> "scaled" in SOLVERS
 True
 >>> _ = SOLVERS.pop("scaled")
@@ -92,10 +92,10 @@ class Solved(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Directions(Solved):
-    """The answer as the m solutions themselves: `s` (m, p), for `tests` of the same m samples."""
+    """The answer as the m solutions themselves, `s`, for `tests` of the same m samples."""
 
     tests: Gradients | None
-    s: Tensor
+    s: Gradients
     health: Health
 
     def scores(self, chunk: Gradients) -> Tensor:
@@ -106,11 +106,11 @@ class Directions(Solved):
         """Inner products of each test gradient with its own solution."""
         if self.tests is None:
             raise ValueError("solutions that were read from a file have no test gradients with them")
-        return (self.tests.dense() * self.s).sum(1)
+        return (self.tests.dense() * self.s.dense()).sum(1)
 
     def directions(self) -> Tensor:
-        """`s`."""
-        return self.s
+        """(m, p)."""
+        return self.s.dense()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ class ConjugateGradients(Prepared):
         problem, v, damping = self.problem, tests.dense(), damping or self.damping
         s, iterations = self._iterate(v, damping)
         worst = relative_residual(damped_product(problem, s, problem.sample, damping) - v, v)
-        return Directions(tests, s, Health("cg", worst, damping, self.largest, iterations, len(problem.sample)))
+        return Directions(
+            tests, tests.like(s), Health("cg", worst, damping, self.largest, iterations, len(problem.sample))
+        )
 
     def _iterate(self, v: Tensor, damping: float) -> tuple[Tensor, int]:
         settings = self.problem.settings

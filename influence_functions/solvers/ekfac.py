@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .._support import NonFiniteError
 from ..blocks import HELD
-from ..kronecker import LONGEST, Basis, Sheet, Side, matrices, sheets
-from ..problem import Problem
+from ..kronecker import LONGEST, Basis, Sheet, Side, matrices, moment_of, sheets
+from ..problem import CHECK_EVERY, Problem
 from ..stack import Gradients
 from .base import Cost, Directions, Health, Prepared, relative_residual, solver
 
 DAMPING = 2.0  # automatic λ, in means of the curvature's eigenvalues: best by LDS (measured, see benchmarks/quality.py)
-CHECKED = 4  # solutions whose residual is computed
+CHECKED = 2  # solutions whose residual is computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,11 @@ class Ekfac(Prepared):
         number, one = problem.like.element_size(), problem.footprint
         found = [sheet for shapes in problem.maker.shapes() for sheet in sheets(shapes)]
         sides = [side * side for sheet in found for side in (sheet.rows, sheet.columns) if side <= LONGEST]
-        fixed = number * (2 * sum(sides) + 3 * max(sides) + 4 * HELD) + 3 * problem.size
         largest = number * max(sheet.rows * sheet.columns for sheet in found)
-        return Cost(fixed, 3 * problem.size + 5 * largest, one.sample + 2 * one.gradient, number)
+        fixed = number * (2 * sum(sides) + 3 * max(sides)) + (2 + 3 * CHECKED) * problem.size
+        written = 4 * min(largest, number * HELD // 16)  # of what is written out at a time
+        test = problem.size + 2 * one.gradient + 5 * largest
+        return Cost(fixed, test, one.sample + 2 * one.gradient + written, number)
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -70,36 +72,33 @@ class Ekfac(Prepared):
 
     def _sampled(self, check: bool) -> Iterator[Gradients]:
         with self.problem.told("training", self.problem.sample):
-            for batch in self.problem.drawn_batches():
-                yield self.problem.maker(*batch, check)
+            for i, batch in enumerate(self.problem.drawn_batches()):
+                yield self.problem.maker(*batch, check and i % CHECK_EVERY == 0, light=False)
 
     def _bases(self) -> list[tuple[int, Sheet, Basis]]:
         """The directions of each sheet of each block."""
-        shapes = self.problem.maker.shapes()
-        found = [(k, sheet) for k, each in enumerate(shapes) for sheet in sheets(each)]
-        sums: list[list[Tensor | None]] = [[None, None] for _ in found]
-        for gradients in self._sampled(check=True):
-            for (k, sheet), total in zip(found, sums):
-                both = matrices(gradients.blocks[k], sheet).moments()
-                total[:] = [_plus(a, b) for a, b in zip(total, both)]
+        found = [(k, sheet) for k, each in enumerate(self.problem.maker.shapes()) for sheet in sheets(each)]
         like = self.problem.like
-        sides = ([Side.axes(like) if one is None else Side.of(one) for one in total] for total in sums)
+        sums = [[moment_of(sheet.rows, like), moment_of(sheet.columns, like)] for _, sheet in found]
+        for gradients in self._sampled(check=True):
+            for (k, sheet), both in zip(found, sums):
+                matrices(gradients.blocks[k], sheet).add_moments(*both)
+        sides = ([Side.of(one, like) for one in both] for both in sums)
         return [(k, sheet, Basis(*both)) for (k, sheet), both in zip(found, sides)]
 
     def _with_values(self, bases: list[tuple[int, Sheet, Basis]]) -> list[Fitted]:
         """The mean squared gradient in each direction."""
-        sums: list[Tensor | None] = [None] * len(bases)
+        sums = [self.problem.like.new_zeros(sheet.rows, sheet.columns) for _, sheet, _ in bases]
         for gradients in self._sampled(check=False):
-            for i, (k, sheet, basis) in enumerate(bases):
-                sums[i] = _plus(sums[i], matrices(gradients.blocks[k], sheet).turned(basis).squares())
-        count = len(self.problem.sample)
-        return [Fitted(*one, total / count) for one, total in zip(bases, sums) if total is not None]
+            for (k, sheet, basis), total in zip(bases, sums):
+                total += matrices(gradients.blocks[k], sheet).turned(basis).squares()
+        return [Fitted(*one, total / len(self.problem.sample)) for one, total in zip(bases, sums)]
 
     def solve(self, tests: Gradients, damping: float | None = None) -> Directions:
         """Each layer by itself: turn, divide, turn back."""
         damping = damping or self.damping
         few, s = tests.select(slice(CHECKED)), self.apply(tests, damping)
-        return Directions(tests, s, self.health(few, s[:CHECKED], damping))
+        return Directions(tests, s, self.health(few, s.select(slice(CHECKED)), damping))
 
     def own(self, samples: Gradients) -> tuple[Tensor, Health]:
         """In the basis itself, without any solution written out."""
@@ -110,23 +109,23 @@ class Ekfac(Prepared):
         ]
         return torch.stack(parts).sum(0), self.health(few, self.apply(few, damping), damping)
 
-    def health(self, few: Gradients, s: Tensor, damping: float) -> Health:
+    def health(self, few: Gradients, s: Gradients, damping: float) -> Health:
         """The residual is that of the first few solutions."""
         v = few.dense()
-        residual = relative_residual(self.product(few.like(s), damping) - v, v)
+        residual = relative_residual(self.product(s, damping).dense() - v, v)
         largest = max(float(one.values.max()) for one in self.fitted)
         labels, samples = "given" if self.problem.measure.draw is None else "drawn", len(self.problem.sample)
         return Health("ekfac", residual, damping, largest, samples=samples, labels=labels)
 
-    def apply(self, gradients: Gradients, damping: float) -> Tensor:
-        """(b, p): (H + λI)⁻¹ times each gradient."""
+    def apply(self, gradients: Gradients, damping: float) -> Gradients:
+        """(H + λI)⁻¹ times each gradient."""
         return self._by(gradients, lambda values: 1 / (values + damping))
 
-    def product(self, gradients: Gradients, damping: float) -> Tensor:
-        """(b, p): (H + λI) times each gradient."""
+    def product(self, gradients: Gradients, damping: float) -> Gradients:
+        """(H + λI) times each gradient."""
         return self._by(gradients, lambda values: values + damping)
 
-    def _by(self, gradients: Gradients, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+    def _by(self, gradients: Gradients, weigh: Callable[[Tensor], Tensor]) -> Gradients:
         def parts() -> Iterator[Tensor]:
             for k, block in enumerate(gradients.blocks):
                 v = block.dense()
@@ -136,9 +135,4 @@ class Ekfac(Prepared):
                     one.sheet.put(one.basis.back(turned * weigh(one.values)), s)
                 yield s
 
-        return gradients.assemble(parts())
-
-
-def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum, in place, of what there is."""
-    return part if total is None else total.add_(part) if part is not None else total
+        return gradients.of_blocks(parts())

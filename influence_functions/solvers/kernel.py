@@ -90,7 +90,7 @@ class Kernel(Prepared):
         damping = damping or self.damping
         v = tests.dense()
         s = self.directions(v, self.weights(tests, damping)[0], damping)
-        return Directions(tests, s, self.health(self.residual(s, v, damping), damping))
+        return Directions(tests, tests.like(s), self.health(self.residual(s, v, damping), damping))
 
     def directions(self, v: Tensor, weights: Tensor, damping: float) -> Tensor:
         """(m, p): s = (v − Gᵀ(K + rλI)⁻¹k) / λ."""
@@ -98,7 +98,7 @@ class Kernel(Prepared):
 
     def residual(self, s: Tensor, v: Tensor, damping: float) -> float:
         """Of solutions s (m, p), by products with the sampled gradients."""
-        image = self.sample.weighted(self.sample.against(s)) / len(self.sample) + damping * s
+        image = self.sample.weighted(self.sample.against(self.sample.like(s))) / len(self.sample) + damping * s
         return relative_residual(image - v, v)
 
     def by_products(self, tests: Gradients, damping: float | None = None) -> InnerProducts:

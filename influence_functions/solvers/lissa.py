@@ -92,4 +92,4 @@ class Lissa(Prepared):
         if not residual <= 1:
             raise NonFiniteError(f"LiSSA diverged to a residual of {residual:.1e}; {self.cure(damping)}")
         steps = settings.iterations * settings.repeats
-        return Directions(tests, s, Health("lissa", residual, damping, self.tops[0], steps, samples))
+        return Directions(tests, tests.like(s), Health("lissa", residual, damping, self.tops[0], steps, samples))

@@ -60,7 +60,7 @@ def _fitting(name: str, cost: Cost, tests: int, problem: Problem) -> Plan | None
 def prepare(problem: Problem, tests: int = 1, results: Cost = NOTHING) -> Prepared:
     """The solver that the settings name, or that fits, ready for any test samples, `plan.tests` of them at once."""
     chosen = plan(problem, tests, results)
-    if chosen.chunk < problem.settings.chunk:
+    if chosen.chunk < min(problem.settings.chunk, problem.train.size):
         problem = dataclasses.replace(problem, settings=problem.settings.changed({"chunk": chosen.chunk}))
     prepared = SOLVERS[chosen.solver](problem)
     prepared.plan = chosen
