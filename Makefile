@@ -44,6 +44,7 @@ $(BENCH)/.run: requirements-bench.txt
 bench: $(VENV)/.run $(BENCH)/.run  ## measure speed, and quality against the libraries one would pick instead
 	$(BIN)/python benchmarks/speed.py
 	$(BENCH)/bin/python benchmarks/quality.py
+	$(BENCH)/bin/python benchmarks/quality.py --model ResNet-8
 
 lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over package and module
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """How fast is the engine? One command, one run, ratios on the same machine, images and model.
 
-    python benchmarks/speed.py        # what `make bench` does, about four minutes on two cores
+    python benchmarks/speed.py            # what `make bench` does, about twenty minutes on two cores
+    python benchmarks/speed.py --large    # the large networks alone; nothing is recorded
 
 Each part runs in a process of its own, so that its peak memory is its own. The package is timed on a part of its work
 (200 recursions, 2,000 gradients) and scaled to its documented 5,000 recursions and all images, which the table says.
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+import torchvision
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import influence_functions.compat as ptif
@@ -50,12 +53,12 @@ def time_plain(n: int) -> dict[str, Any]:
     return {"seconds": time_pass(model, train.subset(range(n)))}
 
 
-def time_pass(model: nn.Module, train: ns.ImageData) -> list[float]:
-    """Seconds of each forward and backward pass over all images in batches of 500, without an optimiser step."""
+def time_pass(model: nn.Module, train: ns.ImageData, repeats: int = REPEATS, batch: int = 500) -> list[float]:
+    """Seconds of each forward and backward pass over all images in batches, without an optimiser step."""
     device, seconds = pick_device(), []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
-        for chosen in torch.arange(len(train)).split(500):
+        for chosen in torch.arange(len(train)).split(batch):
             images, labels = train.batch(chosen)
             model.zero_grad()
             F.cross_entropy(model(images.to(device)), labels.to(device)).backward()
@@ -75,39 +78,33 @@ def time_engine(n: int, m: int, models: int = 1) -> dict[str, Any]:
     return {"seconds": whole, "solve": solve, "score": score}
 
 
-class Residual(nn.Module):
-    """Two convolutions with batch normalisation, and the way around them (He et al. 2016, arXiv:1512.03385)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.around = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
-        first = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.through = nn.Sequential(*first, nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, inputs, h, w) → (b, outputs, h / stride, w / stride)."""
-        return F.relu(self.through(x) + self.around(x))
+def densenet() -> nn.Module:
+    """DenseNet-BC-100/12 (Huang et al. 2017, arXiv:1608.06993): torchvision's, with the first layer for CIFAR."""
+    model = torchvision.models.DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=10)
+    first = [nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.Identity(), nn.Identity(), nn.Identity()]
+    model.features.conv0, model.features.norm0, model.features.relu0, model.features.pool0 = first
+    return model
 
 
-def resnet20() -> nn.Module:
-    """A ResNet-20 for CIFAR-10, of 274,000 parameters: three stages of three residual blocks."""
-    widths = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    blocks = [Residual(*each) for each in widths]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+LARGE: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "ResNet-20": (partial(ns.resnet, 20), 20_000),
+    "ResNet-18": (partial(torchvision.models.resnet18, num_classes=10), 10_000),
+    "ResNet-110": (partial(ns.resnet, 110), 5_000),
+    "DenseNet-BC-100/12": (densenet, 3_000),
+}
+"""Networks, and the training images that ten minutes on two cores allow for each."""
 
 
-def time_resnet(n: int, m: int) -> dict[str, Any]:
-    """Scoring n images for m test images through a ResNet-20, untrained, against a plain pass over the same images."""
+def time_large(which: int, m: int) -> dict[str, Any]:
+    """The whole call for m test images, with EK-FAC in 5 GB, through an untrained network, against plain passes."""
+    make, n = list(LARGE.values())[which]
     train, test = ns.load_data("cifar10")
-    model, subset = resnet20().to(pick_device()).eval(), train.subset(range(n))
-    plain, runs = time_pass(model, subset), []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        health = compute_influences(model, subset, test, range(m), samples=500).health
-        runs.append((time.perf_counter() - start, health.seconds_score))
-    whole, score = (list(column) for column in zip(*runs))
-    return {"seconds": whole, "score": score, "plain": plain, "slow_layers": len(health.slow_layers)}
+    model, subset = make().to(pick_device()).eval(), train.subset(range(n))
+    plain, start = time_pass(model, subset, repeats=1, batch=250), time.perf_counter()
+    health = compute_influences(model, subset, test, range(m), solver="ekfac", memory=5e9).health
+    figures = {"seconds": [time.perf_counter() - start], "plain": plain, "chunk": health.chunk, "n": n}
+    figures |= {"planned": health.memory / 1e9, "slow_layers": len(health.slow_layers)}
+    return figures | {"solve": [health.seconds_solve], "score": [health.seconds_score]}
 
 
 def time_package(batch_size: int) -> dict[str, Any]:
@@ -124,7 +121,7 @@ def time_package(batch_size: int) -> dict[str, Any]:
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "plain": time_plain,
     "engine": time_engine,
-    "resnet": time_resnet,
+    "large": time_large,
     "package": time_package,
 }
 
@@ -182,12 +179,19 @@ def report_checkpoints(figures: dict[str, Any], one: dict[str, Any]) -> dict[str
     return line
 
 
-def report_resnet(figures: dict[str, Any]) -> dict[str, Any]:
-    """Print the row of the ResNet-20 and return its record."""
-    line, score = summary(figures), statistics.median(figures["score"])
-    line |= {"score": round(score, 2), "slow_layers": figures["slow_layers"]}
-    line |= {"score_to_plain": round(score / statistics.median(figures["plain"]), 2)}
-    print_line("ResNet-20, 2,000 × 10", line, figures, line["score_to_plain"])
+def report_large(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Print the row of a large network and return its record; the unit is a plain pass over the same images.
+
+    whole_50000: of the call for 50,000 images, whose first half takes as long as for these.
+    """
+    (plain,), (whole,), (solve,), (score,) = (figures[part] for part in ("plain", "seconds", "solve", "score"))
+    line = {"plain": plain, "whole": whole, "solve": solve, "score": score, "peak": figures["peak"]}
+    line |= {"score_to_plain": score / plain, "whole_to_plain": whole / plain}
+    line["whole_50000"] = (solve + score * 50_000 / figures["n"]) / (plain * 50_000 / figures["n"])
+    line |= {"planned": figures["planned"]}
+    line = {key: round(value, 2) for key, value in line.items()}
+    line |= {key: figures[key] for key in ("n", "chunk", "slow_layers")}
+    print_row(name, *line.values())
     return line
 
 
@@ -207,17 +211,30 @@ def main() -> None:
     print_line("plain pass, 50,000", record["plain"], plain, 1)
     record["engine"] = {f"{n} x {m}": report_engine(n, m, found, base, theirs) for (n, m), found in engine.items()}
     record["checkpoints 50000 x 10"] = report_checkpoints(in_own_process("engine", 50_000, 10, 5), engine[50_000, 10])
-    record["resnet20 2000 x 10"] = report_resnet(in_own_process("resnet", 2_000, 10))
     print_row("package, 50,000 × 1 test image", round(theirs), "scaled", round(package["peak"], 2), "", "", 1)
     part = f"{PART_DEPTH} of {DOCUMENTED_DEPTH:,} recursions and {PART_IMAGES:,} of 50,000 gradients"
     print(f"\nThe package was timed on {part} ({package['measured']:.1f} s) and scaled; the best of three batch sizes.")
+    record["large"] = time_all_large()
     ns.record_results(ns.run_mode().data / "results.json", "speed", record)
+
+
+def time_all_large() -> dict[str, Any]:
+    """Measure the large networks, each in its own process, and print their table."""
+    found = {name: in_own_process("large", which, 10) for which, name in enumerate(LARGE)}
+    heads = "plain pass s|whole s|solve s|score s|peak GB|score ÷ plain|whole ÷ plain|of 50,000|planned GB|images|chunk"
+    print("\nLarge networks, 10 test images, solver='ekfac', memory=5e9; seconds of one run each\n")
+    print_row("what", *heads.split("|"), "slow layers")
+    print_row(*["---"] * 13)
+    return {name: report_large(name, figures) for name, figures in found.items()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", metavar=("PART", "NUMBER"), help=argparse.SUPPRESS)
-    if chosen := parser.parse_args().part:
+    parser.add_argument("--large", action="store_true", help="the large networks alone; nothing is recorded")
+    if parser.parse_args().large:
+        time_all_large()
+    elif chosen := parser.parse_args().part:
         measured = PARTS[chosen[0]](*map(int, chosen[1:]))
         measured["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(json.dumps(measured))

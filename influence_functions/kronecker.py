@@ -1,8 +1,7 @@
 """Gradients as matrices, and the directions of their two sides: what a Kronecker-factored curvature is made of.
 
-The gradients of a layer's parameters that share their first dimension (the weight (o, …) and the bias (o,), say) are
-driven by the same outputs: side by side they are one matrix (o, d) a sample, here called a sheet. It is turned by an
-orthogonal matrix from the left and by one from the right, without p × p numbers.
+Parameters of a layer that share their first dimension (weight (o, …) and bias (o,), say) are driven by the same
+outputs: side by side their gradients are one matrix (o, d) a sample, a sheet. It is turned from the left and the right.
 """
 
 from __future__ import annotations
@@ -180,10 +179,7 @@ class Outer(Matrices):
         return Outer(basis.left.turn(self.deltas), basis.right.turn(self.inputs))
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """A square of a sum over t is one over pairs (t, u): Σ δ_t δ_u (k, o) ⊗ a_t a_u (k, d), for slices of samples.
-
-        Never written out, which costs more than the pairs where there are few.
-        """
+        """A squared sum over t is one over pairs (t, u): Σ δ_t δ_u (k, o) ⊗ a_t a_u (k, d), for slices of samples."""
         t, u = torch.triu_indices(*[self.deltas.shape[1]] * 2, device=self.deltas.device)
         twice = 1 + (t != u).to(self.deltas)[:, None]
         for part in slices(len(self.deltas), len(t) * (self.deltas.shape[2] + self.inputs.shape[2])):

@@ -59,7 +59,7 @@ def test_less_memory_takes_more_passes_and_gives_the_same_numbers(solver, points
     given = {"solver": solver, "damping": 0.1, "samples": 60, "device": "cpu", "iterations": 3, "tolerance": 1e-10}
     whole = compute_influences(wide(), points, points, range(20), **given)
     assert whole.health.passes == 1
-    least = float(re.search(r"at least ([\d.]+) GB", refusal(points, memory=1e4, **given)).group(1)) * 1e9
+    least = float(re.search(r"at least ([\d.e-]+) GB", refusal(points, memory=1e4, **given)).group(1)) * 1e9
     seen = set()
     for more in (1.1, 1.3, 2.0, 4.0):
         found = compute_influences(wide(), points, points, range(20), memory=least * more, **given)
@@ -99,7 +99,7 @@ def test_a_memory_that_is_none_is_refused(wrong, points):
 def test_several_models_share_the_memory(points):
     given = {"samples": 60, "device": "cpu", "solver": "ekfac", "damping": 0.1}
     three = [wide(), wide(), wide()]
-    least = float(re.search(r"at least ([\d.]+) GB", refusal(points, memory=1e4, **given)).group(1)) * 1e9
+    least = float(re.search(r"at least ([\d.e-]+) GB", refusal(points, memory=1e4, **given)).group(1)) * 1e9
     found = compute_influences(three, points, points, range(5), memory=4 * least, **given)
     assert found.health.memory <= 4 * least
     assert all(one.memory <= 4 / 3 * least for one in found.members)

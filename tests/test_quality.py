@@ -1,5 +1,6 @@
 """The driver of the quality benchmark, without the libraries it compares: those live in an environment of their own."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import notebook_support as ns
+from influence_functions.members import average
 from influence_functions.metrics import LDS
-from influence_functions.scores import average
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -20,7 +21,8 @@ import quality
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     monkeypatch.setenv("INFLUENCE_OUT", str(tmp_path))
-    monkeypatch.setattr(quality, "EPOCHS", 2)
+    net = dataclasses.replace(quality.GROUNDS["Net"], config=ns.TrainConfig(epochs=2))
+    monkeypatch.setitem(quality.GROUNDS, "Net", net)
     monkeypatch.setattr(quality, "FOLDER", tmp_path)
     train, _ = ns.load_data("digits")
     return train.subset(range(200))
@@ -47,7 +49,7 @@ def test_ours_is_the_mean_over_models(small):
 
 
 def test_tuning_reports_what_fails_and_picks_the_best(monkeypatch):
-    monkeypatch.setattr(quality, "lds", lambda scores: LDS(float(scores.mean()), 0, 0, scores, scores))
+    monkeypatch.setattr(quality, "lds", lambda scores, _: LDS(float(scores.mean()), 0, 0, scores, scores))
 
     def score(test, value):
         if value == 2.0:
