@@ -16,7 +16,7 @@ A new kind of anything is one object of yours, and no file of ours is touched:
     Measure, MEASURES    a task: loss, margin, squared_error, binary, tokens       tokens_measure
     layer_rule           the gradients of a layer type
     Source               where samples come from
-    solver, SOLVERS      a way to apply (H + λI)⁻¹: kernel, cg, lissa, identity
+    solver, SOLVERS      a way to apply (H + λI)⁻¹: kernel, ekfac, ekfac_kernel, cg, lissa, identity
 
     influence_functions.metrics   how good are scores? linear datamodeling score, noise ceiling, stability
     influence_functions.exact     small models where the truth can be computed: refitting, leave-one-out

@@ -30,10 +30,11 @@ QUICK = 24e6  # bytes up to which an array is allocated quickly: larger ones com
 class Footprint:
     """Bytes: of the gradients of one sample, of a pass for each sample in it, and what may be taken in all.
 
-    width: multiplications that an inner product of two gradients costs.
+    width: multiplications that an inner product of two gradients costs; factored: bytes of the gradients as factors.
     """
 
     gradient: float = 0.0
+    factored: float = 0.0
     width: int = 0
     sample: float = 0.0
     room: float = math.inf
@@ -211,7 +212,8 @@ def _within_memory(problem: Problem, few: Tensor) -> Problem:
     gradient = gradients.held / len(few)
     own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
     sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 2 * gradient
-    footprint = Footprint(gradient, gradients.width, sample, room)
+    factored = problem.maker(*batch, light=False).held / len(few)
+    footprint = Footprint(gradient, factored, gradients.width, sample, room)
     largest = max(block.held for block in gradients.blocks) / len(few)
     chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / largest)))
     return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

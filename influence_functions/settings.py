@@ -34,8 +34,9 @@ def _plain(name: str, value: Any, kind: type) -> Any:
 class InfluenceSettings:
     """How influence is computed; every field has a working default and is checked.
 
-    solver      how (H + λI)⁻¹ is applied: "kernel", "ekfac", "cg", "lissa", "identity", or one of your own (see
-                `solver`). "auto" is "kernel" where that fits into the memory, else "ekfac"; `Health` says which
+    solver      how (H + λI)⁻¹ is applied: "kernel", "ekfac", "ekfac_kernel", "cg", "lissa", "identity", or one of your
+                own (see `solver`). "auto" is the first that fits into the memory of "kernel", "ekfac_kernel" (nearest
+                to retraining of all by measurement, and slower for many test samples) and "ekfac"; `Health` says which
     measure     "margin", "loss", "squared_error", "binary", "tokens" or your own `Measure`, on both sides of the
                 formula. The default is what foretells retraining best by measurement: an image learned by heart has
                 almost no loss gradient left, but a margin. Only with a loss is a score an estimated change in nats.

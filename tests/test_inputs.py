@@ -23,7 +23,10 @@ def influences(model=None, train=DATA, test=DATA, indices=(0,), **changes):
         ({"damping": -0.1}, "damping must be a positive number, not -0.1"),
         ({"damping": 0.0}, "damping must be a positive"),
         ({"damping": float("nan")}, "damping must be a positive"),
-        ({"solver": "magic"}, "unknown solver 'magic': use one of auto, cg, ekfac, identity, kernel, lissa"),
+        (
+            {"solver": "magic"},
+            "unknown solver 'magic': use one of auto, cg, ekfac, ekfac_kernel, identity, kernel, lissa",
+        ),
         ({"measure": "accuracy"}, "unknown measure 'accuracy': use one of loss, margin"),
         ({"curvature": "round"}, "unknown curvature"),
         ({"samples": 0}, "samples must be at least 1"),

@@ -26,11 +26,11 @@ from influence_functions.solvers import prepare
 
 PACKAGE = Path(__file__).resolve().parent.parent / "influence_functions"
 FROM_THE_GROUND_UP = (
-    "_support", "measures", "blocks", "kronecker", "stack", "layers", "data", "settings", "private", "ensemble",
-    "hooks", "gradients", "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg",
-    "solvers.lissa", "solvers.identity", "solvers.ekfac", "solvers.plan", "solvers", "scoring", "results", "members",
-    "scores", "metrics", "exact", "compat.config", "compat.log", "compat.checks", "compat.original", "compat.files",
-    "compat.kept", "compat.run", "compat", "",
+    "_support", "measures", "blocks", "kronecker", "matrices", "stack", "layers", "data", "settings", "private",
+    "ensemble", "hooks", "gradients", "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg",
+    "solvers.lissa", "solvers.identity", "solvers.ekfac", "solvers.ekfac_kernel", "solvers.plan", "solvers", "scoring",
+    "results", "members", "scores", "metrics", "exact", "compat.config", "compat.log", "compat.checks",
+    "compat.original", "compat.files", "compat.kept", "compat.run", "compat", "",
 )  # fmt: skip
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")

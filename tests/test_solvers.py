@@ -29,7 +29,7 @@ from influence_functions import (
 )
 from influence_functions.exact import fit_softmax_regression, removal_effect
 from influence_functions.problem import make_problem
-from influence_functions.solvers import Kernel, prepare
+from influence_functions.solvers import Kernel, ekfac_kernel, prepare
 
 
 @pytest.mark.parametrize("kind", ["linear", "logistic", "mlp"])
@@ -281,6 +281,29 @@ def test_ekfac_equals_its_definition_by_full_matrices(name, measure, exact, monk
     assert relative_error(mean, torch.as_tensor(everything.mean(0))) < 1e-8
 
 
+@pytest.mark.parametrize("exact", [0, 60])
+@pytest.mark.parametrize("name", ZOO)
+def test_ekfac_kernel_equals_its_definition_by_full_matrices(name, exact, monkeypatch):
+    """GᵀG/r + μD, with D the curvature of ekfac and its damping, and μ from the Gram matrix in its metric."""
+    monkeypatch.setattr(kronecker, "EXACT", exact)
+    monkeypatch.setattr(ekfac_kernel, "SAMPLES", 7)
+    model = from_the_zoo(name, frozen=False, seed=6)
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(13, 3, 8, 8, generator=generator, dtype=torch.float64)
+    data = (images, torch.randint(0, 3, (13,), generator=generator))
+    settings = InfluenceSettings(solver="ekfac_kernel", samples=13, damping=0.1, chunk=5, device="cpu")
+    found = compute_influences(model, data, data, [0, 5, 9], settings)
+    gradients, problem = loop_gradients(model, *data, MEASURES["margin"].values), make_problem(model, data, settings)
+    metric, rows = by_hand(problem, kronecker.sheets, 0.1), problem.sampled.dense()[:7]
+    mu = float((rows @ torch.linalg.inv(metric) * rows).sum(1).mean()) / 7
+    exact_solution = gradients @ torch.linalg.inv(rows.T @ rows / 7 + mu * metric) @ gradients.T / 13
+    assert relative_error(found.scores, exact_solution[[0, 5, 9]]) < 1e-8
+    assert (found.health.solver, found.health.damping) == ("ekfac_kernel", 0.1)
+    assert found.health.residual < 1e-10
+    own = self_influences(model, data, [0, 5, 9], settings)
+    assert relative_error(own, exact_solution.diagonal()[[0, 5, 9]]) < 1e-8
+
+
 def test_a_small_model_has_its_exact_fisher_matrix_in_ekfac(blobs, softmax):
     settings = InfluenceSettings(measure="loss", damping=0.03, samples=40, device="cpu")
     one, other = (compute_influences(softmax, blobs, blobs, range(4), settings, solver=s) for s in ("kernel", "ekfac"))
@@ -313,6 +336,10 @@ def test_ekfac_serves_tables_shared_weights_and_sides_that_are_too_long(monkeypa
     alone = compute_influences(frozen, data, data, [1, 2], settings)
     assert relative_error(alone.scores * 30, part) < 1e-9
     assert relative_error(self_influences(frozen, data, [1], settings) * 30, part[:1, 1]) < 1e-9
+    both = [
+        compute_influences(each, data, data, [1], settings, solver="ekfac_kernel").health for each in (model, frozen)
+    ]
+    assert max(health.residual for health in both) < 1e-9
     monkeypatch.setattr(kronecker, "LONGEST", 10)
     linear = nn.Linear(24, 4, bias=False).double()
     inputs = torch.randn(30, 24, dtype=torch.float64)

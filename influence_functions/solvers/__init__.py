@@ -3,6 +3,7 @@
 from .base import SOLVERS, Cost, Directions, Health, Prepared, Solved, solver
 from .cg import ConjugateGradients
 from .ekfac import Ekfac
+from .ekfac_kernel import EkfacKernel
 from .identity import Identity
 from .kernel import Kernel
 from .lissa import Lissa
@@ -14,6 +15,7 @@ __all__ = [
     "Cost",
     "Directions",
     "Ekfac",
+    "EkfacKernel",
     "Health",
     "Identity",
     "Kernel",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._support import NonFiniteError
 from ..blocks import HELD
-from ..kronecker import LONGEST, Basis, Sheet, Side, matrices, moment_of, sheets
+from ..kronecker import LONGEST, Basis, Sheet, Side, moment_of, sheets
+from ..matrices import matrices
 from ..problem import CHECK_EVERY, Problem
 from ..stack import Gradients
 from .base import Cost, Directions, Health, Prepared, relative_residual, solver
@@ -41,6 +42,8 @@ class Ekfac(Prepared):
     this basis. Small layers and norms have a full matrix of their own (`EXACT` in kronecker.py).
     Reads the sampled gradients twice and keeps none: memory for two bases a layer and p eigenvalues.
     """
+
+    name = "ekfac"
 
     @classmethod
     def cost(cls, problem: Problem, tests: int) -> Cost:
@@ -112,10 +115,13 @@ class Ekfac(Prepared):
     def health(self, few: Gradients, s: Gradients, damping: float) -> Health:
         """The residual is that of the first few solutions."""
         v = few.dense()
-        residual = relative_residual(self.product(s, damping).dense() - v, v)
+        return self.about(relative_residual(self.product(s, damping).dense() - v, v), damping)
+
+    def about(self, residual: float, damping: float) -> Health:
+        """With what is the same for all solutions."""
         largest = max(float(one.values.max()) for one in self.fitted)
         labels, samples = "given" if self.problem.measure.draw is None else "drawn", len(self.problem.sample)
-        return Health("ekfac", residual, damping, largest, samples=samples, labels=labels)
+        return Health(self.name, residual, damping, largest, samples=samples, labels=labels)
 
     def apply(self, gradients: Gradients, damping: float) -> Gradients:
         """(H + λI)⁻¹ times each gradient."""

@@ -8,7 +8,7 @@ import math
 from ..problem import Problem
 from .base import SOLVERS, Cost, Plan, Prepared
 
-AUTO = ("kernel", "ekfac")  # by preference
+AUTO = ("kernel", "ekfac_kernel", "ekfac")  # by preference
 NOTHING = Cost()
 SMALL = 16  # training samples at a time, below which more passes are better than smaller chunks
 
