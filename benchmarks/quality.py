@@ -119,7 +119,7 @@ DATTRI, PYDVL = "dattri.algorithm", "pydvl.influence.torch"
 HESSIAN, MARGIN = {"hessian_images": 1000}, {"measure": "margin"}
 OF_BOTH = "margin of training and test images"
 SLOW, TRAK = 12, "dimension 2,048"
-FACTORS = {"solver": "ekfac"}
+FACTORS, BOTH, MIXED = {"solver": "ekfac"}, {"solver": "ekfac_kernel"}, "ours, EK-FAC + kernel"
 OF_NET = (
     Method("ours", "ours", values=OURS, note="the default: kernel, margin, 2,000 sampled images"),
     Method("ours, fast", "ours", options={"samples": 500}, values=OURS, note="500 sampled images"),
@@ -127,6 +127,7 @@ OF_NET = (
     Method("ours, loss", "ours", options={"measure": "loss"}, values=OURS, note="measure='loss'"),
     Method("ours, EK-FAC", "ours", options=FACTORS, values=EKFAC, note="solver='ekfac', 2,000 sampled images"),
     Method("ours, EK-FAC, fast", "ours", options=FACTORS | {"samples": 500}, values=EKFAC, note="500 sampled images"),
+    Method(MIXED, "ours", options=BOTH, values=EKFAC, note="solver='ekfac_kernel'"),
     Method("gradient product", "gradient_product", note="no curvature: what every method must beat"),
     Method("gradient product, margin", "gradient_product", options=MARGIN),
     Method("kronfluence EK-FAC", "kronfluence", "kronfluence.analyzer", values=(None, 1e-8, *DAMPINGS[:4])),
@@ -199,6 +200,7 @@ OF_NET = (
     Method("ours, 5 checkpoints", "ours", checkpoints=True, like="ours", note="what the notebooks show"),
     Method("ours, fast, 5 checkpoints", "ours", options={"samples": 500}, checkpoints=True, like="ours, fast"),
     Method("ours, EK-FAC, 5 checkpoints", "ours", options=FACTORS, checkpoints=True, like="ours, EK-FAC"),
+    Method(f"{MIXED}, 5 checkpoints", "ours", options=BOTH, checkpoints=True, like=MIXED),
     Method("ours, loss, 5 checkpoints", "ours", options={"measure": "loss"}, checkpoints=True, like="ours, loss"),
     Method(
         "pytorch_influence_functions",
@@ -224,6 +226,9 @@ OF_NET = (
 LOSS, KERNEL, FINISHED = {"measure": "loss"}, {"solver": "kernel"}, (0.0, 1.0, 10.0, 100.0)
 KRONFLUENCE = ("kronfluence", "kronfluence.analyzer")
 OF_RESNET = (
+    Method(MIXED, "ours", options=BOTH, values=EKFAC, note="solver='ekfac_kernel'"),
+    Method(f"{MIXED}, loss", "ours", options=BOTH | LOSS, values=EKFAC, note="measure='loss'"),
+    Method(f"{MIXED}, 5 checkpoints", "ours", options=BOTH, checkpoints=True, like=MIXED),
     Method("ours, EK-FAC", "ours", options=FACTORS, values=EKFAC, note="2,000 sampled images"),
     Method("ours, EK-FAC, fast", "ours", options=FACTORS | {"samples": 500}, values=EKFAC, note="500 sampled images"),
     Method("ours, EK-FAC, loss", "ours", options=FACTORS | LOSS, values=EKFAC, note="measure='loss'"),
@@ -263,7 +268,7 @@ OF_RESNET = (
         checkpoints=True,
         note=OF_BOTH,
     ),
-    Method("ours, EK-FAC, 3 models", "ours", options=FACTORS, models=3, like="ours, EK-FAC"),
+    Method(f"{MIXED}, 3 models", "ours", options=BOTH, models=3, like=MIXED),
 )
 METHODS = (*OF_NET, *(dataclasses.replace(method, network="ResNet-8") for method in OF_RESNET))
 

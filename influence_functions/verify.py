@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._support import NonFiniteError
 from .data import Inputs, Source, call, moved, on_tensors, shapes, tensors_of
@@ -35,7 +36,21 @@ def check_measure(maker: GradientMaker, inputs: Inputs, targets: Tensor) -> None
     if not torch.allclose(both, again, 1e-3, 1e-5, equal_nan=True):
         raise ValueError("the model gives other outputs each time, even in eval mode; F.dropout needs training=False")
     if not torch.allclose(both, alone, 1e-2, 1e-4, equal_nan=True):
-        raise ValueError("what the model says of a sample depends on the others in its batch, so none has an influence")
+        raise ValueError(
+            f"what the model says of a sample depends on the others in its batch, so none has an influence{_why(maker)}"
+        )
+
+
+def _why(maker: GradientMaker) -> str:
+    """The layers that take the statistics of a batch, by name, and what to do."""
+    kinds = {name: module for name, module in maker.model.named_modules() if isinstance(module, _BatchNorm)}
+    found = [f"{name!r}" for name, module in kinds.items() if module.training or module.running_mean is None]
+    if not found:
+        return ""
+    return (
+        f": {', '.join(found)} normalise by the statistics of the batch; train with track_running_stats=True, and let "
+        "eval() switch to them"
+    )
 
 
 def check_own(private: nn.Module, model: nn.Module, source: Source) -> None:
@@ -64,7 +79,9 @@ def try_model(maker: GradientMaker, source: Source, index: int, role: str) -> Te
     try:
         with torch.no_grad():
             outputs = call(maker.model, inputs)
-    except ValueError:
+    except ValueError as error:
+        if why := _why(maker):
+            raise ValueError(f"{role}: {error}{why}") from error
         raise
     except Exception as error:  # whatever the caller's model raises
         hint = "; of each sample, all parts but the last, the target, are inputs" if isinstance(inputs, tuple) else ""

@@ -124,3 +124,41 @@ def test_settings_describe_themselves_for_json():
     assert InfluenceSettings(measure=my_measure).describe()["measure"] == "my_measure"
     assert InfluenceSettings().describe()["measure"] == "margin"
     assert np.isfinite(influences(measure="margin").scores).all()
+
+
+class Stubborn(nn.Sequential):
+    """A model whose eval() does nothing."""
+
+    def train(self, mode: bool = True) -> "Stubborn":
+        return self
+
+
+FLAT = (nn.Flatten(), nn.Linear(3072, 4))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(*FLAT, nn.BatchNorm1d(4, track_running_stats=False)),
+        nn.Sequential(nn.Conv2d(3, 3, 3), nn.Tanh(), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(),
+                      nn.Linear(2700, 4)),
+        Stubborn(*FLAT, nn.BatchNorm1d(4)),
+    ],
+)  # fmt: skip
+def test_batch_statistics_are_refused_by_the_name_of_their_layer(model):
+    data = (torch.randn(12, 3, 32, 32), torch.arange(12) % 4)
+    with pytest.raises(ValueError, match=r": '2' normalise by the statistics of the batch; train with track_running"):
+        compute_influences(model, data, data, [0])
+
+
+def test_batch_statistics_are_left_alone_where_no_sample_meets_them():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.spare = nn.Sequential(*FLAT), nn.BatchNorm1d(4, track_running_stats=False)
+
+        def forward(self, x):
+            return self.layers(x)
+
+    data = (torch.randn(12, 3, 32, 32), torch.arange(12) % 4)
+    assert compute_influences(Unused(), data, data, [0]).scores.shape == (1, 12)

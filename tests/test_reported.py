@@ -670,20 +670,16 @@ def test_18_many_equal_images():
 
 
 def test_19_what_does_not_fit_says_which_setting_to_change(monkeypatch):
-    from influence_functions import problem as room
+    from influence_functions import _support
 
-    points, labels = blob(30)
-    cases = ((15_000, 30, "of the 30 samples of the curvature .* pass samples below 30"),
-             (5_000, 2, "of 12 test samples need .* pass fewer of them at once"))  # fmt: skip
-    for free, samples, words in cases:
-        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
-        with pytest.raises(ValueError, match=words):
-            compute_influences(
-                nn.Linear(5, 40).double(), (points, labels), (points, labels), range(12), samples=samples
-            )
-    monkeypatch.setattr(room, "free_bytes", lambda device: 20_000)
-    with pytest.raises(ValueError, match=r"of a chunk of 30 samples .* pass chunk below 30"):
-        compute_influences(nn.Linear(5, 40).double(), (points, labels), (points, labels), [0], **PLAIN)
+    data, asked = blob(30), []
+    monkeypatch.setattr(_support, "free_bytes", lambda device: asked.append(device) or 20_000)
+    words = r"influence needs at least .* with solver 'kernel'.* raise memory=.* fewer test samples, samples below 30"
+    with pytest.raises(ValueError, match=words):
+        compute_influences(nn.Linear(5, 40).double(), data, data, range(12))
+    assert asked, "the patch was not met"
+    monkeypatch.setattr(_support, "free_bytes", lambda device: 4e6)
+    assert compute_influences(nn.Linear(5, 40).double(), data, data, range(12)).health.memory <= 2e6
 
 
 # ── errors that name cause and cure, or no error at all ─────────────────────────────────────────────────────────────
