@@ -294,3 +294,15 @@ def test_a_failing_cell_fails_the_run_and_overwrites_nothing(tmp_path):
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
     assert source.read_text() == before
+
+
+def test_readme_gives_the_scores_of_the_residual_network():
+    rows = {row["method"]: row for row in results()["quality ResNet-8"]["rows"]}
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    names = ("ours, EK-FAC + kernel", "ours, kernel", "kronfluence EK-FAC, margin")
+    both, kernel, kron = (rows[name] for name in names)
+    assert (
+        f"score of {both['lds']:.3f} in {both['seconds']:.0f} s, `kernel` with {kernel['lds']:.3f} in "
+        f"{kernel['seconds']:.0f} s, kronfluence's EK-FAC with {kron['lds']:.3f} in {kron['seconds']:.0f} s"
+    ) in text
+    assert kron["ahead_low"] > 0
