@@ -186,7 +186,7 @@ class GradientMaker:
         if not names:
             return {}
         model = self.recorder.scratch()
-        params, rows = [model.get_parameter(name) for name in names], []
+        params, rows = [dict(model.named_parameters())[name] for name in names], []
         for i in range(len(targets)):
             one = slice(i, i + 1)
             with torch.enable_grad():

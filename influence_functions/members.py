@@ -105,7 +105,10 @@ def shares(
     models: Sequence[nn.Module], settings: InfluenceSettings, n: int, rows: int
 ) -> tuple[InfluenceSettings, Cost]:
     """Of each model: its part of the memory, and what the scores (rows, n), which lie beside the CPU, take of it."""
-    device, numbers = pick_device(settings.device), next(models[0].parameters(), torch.zeros(1)).element_size() * n
+    device, numbers = (
+        pick_device(settings.device),
+        n * max((p.dtype.itemsize for p in models[0].parameters()), default=4),
+    )
     room, results = allowed_bytes(settings.memory, device), Cost(2 * rows * numbers / len(models), 3 * numbers)
     if device.type != "cpu":
         if results.fixed * len(models) > (free := free_bytes(torch.device("cpu"))):

@@ -23,7 +23,8 @@ from ..data import Source, as_source, checksum
 from ..problem import Problem, make_problem
 from ..scoring import join_scores, score_training
 from ..settings import InfluenceSettings
-from ..solvers import Directions, Health, Prepared, prepare
+from ..solvers import Health, Prepared, Solved, prepare
+from ..stack import Gradients
 from .checks import choose_tests, keep_previous, model_checksum
 from .config import InfluenceConfig, as_config, batch_size_of
 from .kept import Kept, Parts, entry_text
@@ -83,6 +84,26 @@ def calc_all_grad_then_test(
     run = _Run.prepare(config, model, train_loader, test_loader)
     block = BLOCK.get(run.config.solver, STEPWISE_BLOCK)
     return run.finish(block, stored=run.config.save_pth is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Solved):
+    """Solutions (m, p) that were read from their files, without the gradients that they are of."""
+
+    matrix: Tensor
+    health: Health
+
+    def scores(self, chunk: Gradients) -> Tensor:
+        """Inner products of gradients and solutions."""
+        return chunk.against(chunk.like(self.matrix))
+
+    def own(self) -> Tensor:
+        """Unknown."""
+        raise ValueError("solutions that were read from a file have no test gradients with them")
+
+    def directions(self) -> Tensor:
+        """(m, p)."""
+        return self.matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +196,7 @@ class _Run:
         if stored:
             return join_scores([directions @ rows.T for rows in self.gradients()]), residuals
         health = Health(self.config.solver, max(residuals), self.settings.damping or math.nan)
-        solved = Directions(
-            None, self.problem.gradients(self.test, torch.tensor(indices[:1]))[0].like(directions), health
-        )
-        return score_training([(self.problem, [solved])])[0][0][0], residuals
+        return score_training([(self.problem, [_Read(directions, health)])])[0][0][0], residuals
 
     def directions(self, indices: list[int]) -> tuple[Tensor, list[float]]:
         """(k, p) s_test of the test samples, and their residuals: from their files, or solved and written there."""

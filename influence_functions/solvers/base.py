@@ -61,7 +61,7 @@ class Health:
     seconds_score: float = math.nan
     labels: str = ""
     slow_layers: tuple[str, ...] = ()
-    memory: float = math.nan
+    memory: float = 0.0
     chunk: int = 0
     passes: int = 1
     choice: str = ""
@@ -94,7 +94,7 @@ class Solved(ABC):
 class Directions(Solved):
     """The answer as the m solutions themselves, `s`, for `tests` of the same m samples."""
 
-    tests: Gradients | None
+    tests: Gradients
     s: Gradients
     health: Health
 
@@ -104,8 +104,6 @@ class Directions(Solved):
 
     def own(self) -> Tensor:
         """Inner products of each test gradient with its own solution."""
-        if self.tests is None:
-            raise ValueError("solutions that were read from a file have no test gradients with them")
         return (self.tests.dense() * self.s.dense()).sum(1)
 
     def directions(self) -> Tensor:
@@ -138,7 +136,7 @@ class Plan:
     solver: str = ""
     tests: int = 1
     chunk: int = 0
-    memory: float = math.nan
+    memory: float = 0.0
     choice: str = ""
 
 
