@@ -114,7 +114,7 @@ def shares(
         if results.fixed * len(models) > (free := free_bytes(torch.device("cpu"))):
             raise ValueError(f"{rows} × {n} scores need {results.fixed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         results = Cost()
-    return (settings.changed({"memory": room / len(models)}) if math.isfinite(room) else settings), results
+    return (settings.changed({"memory": max(room / len(models), 1.0)}) if math.isfinite(room) else settings), results
 
 
 def average(each: Sequence[NDArray[Any]], how: str = "spread") -> NDArray[Any]:
