@@ -146,7 +146,8 @@ FLAT = (nn.Flatten(), nn.Linear(3072, 4))
     ],
 )  # fmt: skip
 def test_batch_statistics_are_refused_by_the_name_of_their_layer(model):
-    data = (torch.randn(12, 3, 32, 32), torch.arange(12) % 4)
+    brightness = torch.arange(1.0, 13.0)[:, None, None, None] ** 2  # no two samples have statistics alike
+    data = (torch.randn(12, 3, 32, 32) * brightness + brightness, torch.arange(12) % 4)
     with pytest.raises(ValueError, match=r": '2' normalise by the statistics of the batch; train with track_running"):
         compute_influences(model, data, data, [0])
 
