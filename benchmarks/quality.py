@@ -120,13 +120,14 @@ HESSIAN, MARGIN = {"hessian_images": 1000}, {"measure": "margin"}
 OF_BOTH = "margin of training and test images"
 SLOW, TRAK = 12, "dimension 2,048"
 FACTORS, BOTH, MIXED = {"solver": "ekfac"}, {"solver": "ekfac_kernel"}, "ours, EK-FAC + kernel"
+FEWER = FACTORS | {"samples": 500}
 OF_NET = (
     Method("ours", "ours", values=OURS, note="the default: kernel, margin, 2,000 sampled images"),
     Method("ours, fast", "ours", options={"samples": 500}, values=OURS, note="500 sampled images"),
     Method("ours, all images", "ours", options={"samples": 5000}, like="ours", note="curvature of all 5,000"),
     Method("ours, loss", "ours", options={"measure": "loss"}, values=OURS, note="measure='loss'"),
     Method("ours, EK-FAC", "ours", options=FACTORS, values=EKFAC, note="solver='ekfac', 2,000 sampled images"),
-    Method("ours, EK-FAC, fast", "ours", options=FACTORS | {"samples": 500}, values=EKFAC, note="500 sampled images"),
+    Method("ours, EK-FAC, fast", "ours", options=FEWER, values=EKFAC, note="500 sampled images"),
     Method(MIXED, "ours", options=BOTH, values=EKFAC, note="solver='ekfac_kernel'"),
     Method("gradient product", "gradient_product", note="no curvature: what every method must beat"),
     Method("gradient product, margin", "gradient_product", options=MARGIN),
@@ -223,52 +224,25 @@ OF_NET = (
     Method("ours, EK-FAC, 10 models", "ours", options=FACTORS, models=10, like="ours, EK-FAC"),
     Method("dattri TRAK, 10 models", "dattri_trak", DATTRI, models=10, like="dattri TRAK", note=TRAK),
 )
-LOSS, KERNEL, FINISHED = {"measure": "loss"}, {"solver": "kernel"}, (0.0, 1.0, 10.0, 100.0)
-KRONFLUENCE = ("kronfluence", "kronfluence.analyzer")
+LOSS, KERNEL = {"measure": "loss"}, {"solver": "kernel"}
+IN_BOTH = (
+    *("ours, EK-FAC", "ours, EK-FAC, fast", "ours, EK-FAC, 5 checkpoints"),
+    *("gradient product", "gradient product, margin", "kronfluence EK-FAC", "kronfluence EK-FAC, margin"),
+    *("kronfluence EK-FAC, margin, 5 checkpoints", "dattri EK-FAC, margin", "dattri TRAK"),
+    *("dattri TRAK, 5 checkpoints", "captum TracInCP, margin, 5 checkpoints"),
+)
 OF_RESNET = (
     Method(MIXED, "ours", options=BOTH, values=EKFAC, note="solver='ekfac_kernel'"),
     Method(f"{MIXED}, loss", "ours", options=BOTH | LOSS, values=EKFAC, note="measure='loss'"),
     Method(f"{MIXED}, 5 checkpoints", "ours", options=BOTH, checkpoints=True, like=MIXED),
-    Method("ours, EK-FAC", "ours", options=FACTORS, values=EKFAC, note="2,000 sampled images"),
-    Method("ours, EK-FAC, fast", "ours", options=FACTORS | {"samples": 500}, values=EKFAC, note="500 sampled images"),
+    Method(f"{MIXED}, 3 models", "ours", options=BOTH, models=3, like=MIXED),
     Method("ours, EK-FAC, loss", "ours", options=FACTORS | LOSS, values=EKFAC, note="measure='loss'"),
     Method("ours, kernel", "ours", options=KERNEL, values=OURS, note="2,000 sampled images"),
     Method("ours, kernel, loss", "ours", options=KERNEL | LOSS, values=OURS, note="measure='loss'"),
-    Method("ours, projected", "projected", values=(1e-3, 1e-2, 1e-1, 1.0), note="ridge on 4,096 random sums"),
-    Method("gradient product", "gradient_product"),
-    Method("gradient product, margin", "gradient_product", options=MARGIN),
-    Method("kronfluence EK-FAC", *KRONFLUENCE, values=(None, *DAMPINGS[:4])),
-    Method("kronfluence EK-FAC, margin", *KRONFLUENCE, MARGIN, (None, *DAMPINGS), note=OF_BOTH),
-    Method("dattri EK-FAC, margin", "dattri_ekfac", DATTRI, MARGIN, (0.0, *DAMPINGS), note="Linear layers only"),
-    Method("dattri TRAK", "dattri_trak", DATTRI, values=FINISHED, note=TRAK),
-    Method("ours, EK-FAC, 5 checkpoints", "ours", options=FACTORS, checkpoints=True, like="ours, EK-FAC"),
-    Method(
-        "ours, EK-FAC, fast, 5 checkpoints",
-        "ours",
-        options=FACTORS | {"samples": 500},
-        checkpoints=True,
-        like="ours, EK-FAC, fast",
-    ),
     Method("ours, kernel, 5 checkpoints", "ours", options=KERNEL, checkpoints=True, like="ours, kernel"),
-    Method(
-        "kronfluence EK-FAC, margin, 5 checkpoints",
-        *KRONFLUENCE,
-        MARGIN,
-        checkpoints=True,
-        like="kronfluence EK-FAC, margin",
-        note="takes one model: the scores of each, averaged as ours are",
-    ),
-    Method("dattri TRAK, 5 checkpoints", "dattri_trak", DATTRI, checkpoints=True, like="dattri TRAK", note=TRAK),
-    Method(
-        "captum TracInCP, margin, 5 checkpoints",
-        "captum_tracin",
-        "captum.influence",
-        MARGIN,
-        (1, 2, 5),
-        checkpoints=True,
-        note=OF_BOTH,
-    ),
-    Method(f"{MIXED}, 3 models", "ours", options=BOTH, models=3, like=MIXED),
+    Method("ours, projected", "projected", values=(1e-3, 1e-2, 1e-1, 1.0), note="ridge on 4,096 random sums"),
+    Method("ours, EK-FAC, fast, 5 checkpoints", "ours", options=FEWER, checkpoints=True, like="ours, EK-FAC, fast"),
+    *(method for method in OF_NET if method.name in IN_BOTH),
 )
 METHODS = (*OF_NET, *(dataclasses.replace(method, network="ResNet-8") for method in OF_RESNET))
 

@@ -185,8 +185,8 @@ class GradientMaker:
         """The same by plain autograd, one sample after the other: slow, general, what all else is held against."""
         if not names:
             return {}
-        model = self.recorder.scratch()
-        params, rows = [dict(model.named_parameters())[name] for name in names], []
+        model, rows = self.recorder.scratch(), []
+        params = [*map(dict(model.named_parameters()).__getitem__, names)]
         for i in range(len(targets)):
             one = slice(i, i + 1)
             with torch.enable_grad():

@@ -109,10 +109,12 @@ def shares(
         pick_device(settings.device),
         n * max((p.dtype.itemsize for p in models[0].parameters()), default=4),
     )
-    room, results = allowed_bytes(settings.memory, device), Cost(2 * rows * numbers / len(models), 3 * numbers)
-    if device.type != "cpu":
-        if results.fixed * len(models) > (free := free_bytes(torch.device("cpu"))):
-            raise ValueError(f"{rows} × {n} scores need {results.fixed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    room, scores = allowed_bytes(settings.memory, device), 2 * rows * numbers
+    if device.type == "cpu":
+        results = Cost(scores / len(models), 3 * numbers)
+    elif scores > (free := free_bytes(torch.device("cpu"))):
+        raise ValueError(f"{rows} × {n} scores need {scores / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+    else:
         results = Cost()
     return (settings.changed({"memory": max(room / len(models), 1.0)}) if math.isfinite(room) else settings), results
 

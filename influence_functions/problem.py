@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._support import NonFiniteError, allowed_bytes, pick_device
+from .blocks import lightest
 from .data import Inputs, Source, as_source, call, moved, tensors_of
 from .gradients import PROVED, DisagreementError, GradientMaker
 from .measures import Measure, as_measure
@@ -196,11 +197,11 @@ def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> P
         few, _ = problem.proof()
         with problem.told("training", few):
             check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
-            maker.prove(tried := [problem.batch(source, few), problem.batch(source, few.flip(0))])
+            maker.prove(tried := [problem.batch(source, few)])
             problem = _within_memory(problem, few)
         chunk = problem.proof()[1]
         with problem.told("training", chunk):
-            maker.prove([*tried, problem.batch(source, chunk)])
+            maker.prove([*tried, problem.batch(source, few.flip(0)), problem.batch(source, chunk)])
     return problem
 
 
@@ -208,12 +209,12 @@ def _within_memory(problem: Problem, few: Tensor) -> Problem:
     """With what it takes, measured on a few samples, and a chunk that leaves half of the room for the solver."""
     settings, batch = problem.settings, problem.batch(problem.train, few)
     room = allowed_bytes(settings.memory, problem.device)
-    gradients = problem.maker(*batch)
-    gradient = gradients.held / len(few)
+    factored = problem.maker(*batch, light=False).blocks
+    light = [lightest(block) for block in factored]
+    gradient = sum(block.held for block in light) / len(few)
     own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
     sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 2 * gradient
-    factored = problem.maker(*batch, light=False).held / len(few)
-    footprint = Footprint(gradient, factored, gradients.width, sample, room)
-    largest = max(block.held for block in gradients.blocks) / len(few)
+    width, held = sum(block.width for block in light), sum(block.held for block in factored) / len(few)
+    footprint, largest = Footprint(gradient, held, width, sample, room), max(block.held for block in light) / len(few)
     chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / largest)))
     return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

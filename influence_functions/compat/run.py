@@ -82,8 +82,7 @@ def calc_all_grad_then_test(
     be lost when a run is killed.
     """
     run = _Run.prepare(config, model, train_loader, test_loader)
-    block = BLOCK.get(run.config.solver, STEPWISE_BLOCK)
-    return run.finish(block, stored=run.config.save_pth is not None)
+    return run.finish(run.block, stored=run.config.save_pth is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +138,15 @@ class _Run:
         """The model and the training data, checked."""
         return make_problem(self.model, self.train, self.settings)
 
+    @property
+    def block(self) -> int:
+        """Test samples that are solved for at once, at most."""
+        return BLOCK.get(self.config.solver, STEPWISE_BLOCK)
+
     @cached_property
     def prepared(self) -> Prepared:
         """Prepared once: eigenvalues and factors depend on the training samples only."""
-        return prepare(self.problem, min(len(self.chosen), BLOCK.get(self.config.solver, STEPWISE_BLOCK)))
+        return prepare(self.problem, min(len(self.chosen), self.block))
 
     def finish(self, block: int, stored: bool) -> tuple[dict[str, Any], list[int], list[int]]:
         """Compute what is left in blocks of test samples, put everything together, write it."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._support import NonFiniteError
 from ..problem import Problem
 from ..stack import Gradients
 
@@ -158,6 +159,11 @@ class Prepared(ABC):
         """λ as given, or what suits this solver's curvature."""
         return self.problem.damping
 
+    @property
+    def labels(self) -> str:
+        """Whose the labels of the sampled gradients are: see `Health`."""
+        return "given" if self.problem.measure.draw is None else "drawn"
+
     @abstractmethod
     def solve(self, tests: Gradients, damping: float | None = None) -> Solved:
         """Solve (H + λI)s = v for the gradients v of m test samples; damping λ: None for the solver's own."""
@@ -181,6 +187,14 @@ def solver(name: str) -> Callable[[type[Prepared]], type[Prepared]]:
 def relative_residual(residual: Tensor, v: Tensor) -> float:
     """Largest ‖residual‖ / ‖v‖ over the rows; a zero right-hand side has a zero residual."""
     return float((residual.norm(dim=1) / v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)).max())
+
+
+def factor_of(gram: Tensor, shift: float, damping: float) -> Tensor:
+    """Cholesky factor of a Gram matrix (r, r) with `shift` added to its diagonal; the error names the damping."""
+    factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
+    if failed or not torch.isfinite(factor).all():
+        raise NonFiniteError(f"the Gram matrix with damping {damping:.1e} is singular; raise damping")
+    return factor
 
 
 def stepwise_cost(problem: Problem) -> Cost:

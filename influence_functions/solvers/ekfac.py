@@ -115,13 +115,10 @@ class Ekfac(Prepared):
     def health(self, few: Gradients, s: Gradients, damping: float) -> Health:
         """The residual is that of the first few solutions."""
         v = few.dense()
-        return self.about(relative_residual(self.product(s, damping).dense() - v, v), damping)
-
-    def about(self, residual: float, damping: float) -> Health:
-        """With what is the same for all solutions."""
+        residual = relative_residual(self.product(s, damping).dense() - v, v)
         largest = max(float(one.values.max()) for one in self.fitted)
-        labels, samples = "given" if self.problem.measure.draw is None else "drawn", len(self.problem.sample)
-        return Health(self.name, residual, damping, largest, samples=samples, labels=labels)
+        samples = len(self.problem.sample)
+        return Health(self.name, residual, damping, largest, samples=samples, labels=self.labels)
 
     def apply(self, gradients: Gradients, damping: float) -> Gradients:
         """(H + λI)⁻¹ times each gradient."""

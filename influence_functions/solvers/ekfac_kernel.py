@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._support import NonFiniteError
 from ..blocks import HELD
 from ..matrices import matrices
 from ..problem import Problem
 from ..stack import Gradients
-from .base import Cost, Directions, Health, Prepared, relative_residual, solver
-from .ekfac import CHECKED, Ekfac
+from .base import Cost, Health, Prepared, factor_of, solver
+from .ekfac import Ekfac
 
 SAMPLES = 500  # sampled gradients that are held
 SHARE = 1.0  # μ, in mean eigenvalues of the sampled Fisher matrix in the metric D: best by LDS (measured)
@@ -54,33 +53,26 @@ class EkfacKernel(Ekfac):
                 matrices(self.sample.blocks[one.block], one.sheet).turned(one.basis).gram(1 / (one.values + damping))
                 for one in self.fitted
             )
-            gram = sum(part.cpu().double() for part in parts)
-            assert isinstance(gram, Tensor), "a model has parameters"
+            gram = torch.stack([part.cpu().double() for part in parts]).sum(0)
             shift = SHARE * float(gram.diagonal().mean())
-            factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(gram), dtype=gram.dtype))
-            if failed or not torch.isfinite(factor).all():
-                raise NonFiniteError(f"the Gram matrix with damping {damping:.1e} is singular; raise damping")
-            self.factors = {damping: (factor, shift / len(gram))}
+            self.factors = {damping: (factor_of(gram, shift, damping), shift / len(gram))}
         return self.factors[damping]
 
-    def solve(self, tests: Gradients, damping: float | None = None) -> Directions:
-        """By Woodbury, see the class."""
-        damping = damping or self.damping
+    def apply(self, gradients: Gradients, damping: float) -> Gradients:
+        """H⁻¹ times each gradient, by Woodbury: see the class."""
         factor, mu = self.factor(damping)
-        base = self.apply(tests, damping)
-        k = self.sample.against(base)  # (m, r)
+        base = super().apply(gradients, damping)
+        k = self.sample.against(base)  # (b, r)
         weights = torch.cholesky_solve(k.cpu().double().T, factor).T.to(k)
-        taken = self.apply(tests.like(self.sample.weighted(weights)), damping)
-        s = base.of_blocks((a.dense() - b.dense()) / mu for a, b in zip(base.blocks, taken.blocks))
-        return Directions(tests, s, self._health(tests, s, damping, mu))
+        taken = super().apply(gradients.like(self.sample.weighted(weights)), damping)
+        return base.of_blocks((a.dense() - b.dense()) / mu for a, b in zip(base.blocks, taken.blocks))
+
+    def product(self, gradients: Gradients, damping: float) -> Gradients:
+        """H times each gradient."""
+        seen = self.sample.weighted(self.sample.against(gradients)) / len(self.sample)
+        rest, mu = super().product(gradients, damping), self.factor(damping)[1]
+        return rest.of_blocks(a.dense() + mu * b.dense() for a, b in zip(rest.like(seen).blocks, rest.blocks))
 
     def own(self, samples: Gradients) -> tuple[Tensor, Health]:
         """By way of the solutions."""
         return Prepared.own(self, samples)
-
-    def _health(self, tests: Gradients, s: Gradients, damping: float, mu: float) -> Health:
-        """The residual is that of the first few solutions, in all of H."""
-        few, sample = s.select(slice(CHECKED)), self.sample
-        v = tests.select(slice(CHECKED)).dense()
-        image = sample.weighted(sample.against(few)) / len(sample) + mu * self.product(few, damping).dense()
-        return self.about(relative_residual(image - v, v), damping)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._support import NonFiniteError
 from ..curvature import largest_eigenvalue
 from ..problem import Problem
 from ..stack import Gradients
-from .base import Cost, Directions, Health, Prepared, Solved, relative_residual, solver
+from .base import Cost, Directions, Health, Prepared, Solved, factor_of, relative_residual, solver
 
 CHECKED, CHECKED_ABOVE = 4, 1e-4  # solutions written out, where the residual may exceed this
 
@@ -129,17 +128,13 @@ class Kernel(Prepared):
     def factor(self, damping: float) -> Tensor:
         """Cholesky factor of K + rλI."""
         if damping not in self.factors:
-            shifted = self.gram + len(self.gram) * damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
-            factor, failed = torch.linalg.cholesky_ex(shifted)
-            if failed or not torch.isfinite(factor).all():
-                raise NonFiniteError(f"the Gram matrix with damping {damping:.1e} is singular; raise damping")
+            factor = factor_of(self.gram, len(self.gram) * damping, damping)
             self.factors = {damping: factor}  # a sweep asks for one after the other
         return self.factors[damping]
 
     def health(self, residual: float, damping: float) -> Health:
         """Direct, so without iterations."""
-        labels = "given" if self.problem.measure.draw is None else "drawn"
-        return Health("kernel", residual, damping, self.largest, samples=len(self.gram), labels=labels)
+        return Health("kernel", residual, damping, self.largest, samples=len(self.gram), labels=self.labels)
 
 
 def _pays(r: int, m: int, width: int, size: int) -> bool:
