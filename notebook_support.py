@@ -47,18 +47,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
-from sklearn.metrics import (
-    confusion_matrix,
-    precision_recall_fscore_support,
-)
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
+from torchvision.models import DenseNet
 from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
 
 from influence_functions import (
@@ -535,7 +532,19 @@ def resnet(depth: int) -> nn.Module:
     return nn.Sequential(*stem, *(Residual(*size) for size in sizes), *head).to(memory_format=torch.channels_last)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"Net": Net} | {f"ResNet-{n}": partial(resnet, n) for n in (8, 20, 110)}
+def densenet() -> nn.Module:
+    """DenseNet-BC-100/12 for CIFAR-10 (Huang et al. 2017, arXiv:1608.06993): torchvision's, begun by a 3 × 3 layer.
+
+    Images (b, 3, 32, 32) → logits (b, 10); p is 769,162.
+    """
+    model = DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=10)
+    model.features.conv0, model.features.norm0 = nn.Conv2d(3, 24, 3, 1, 1, bias=False), nn.Identity()
+    model.features.relu0, model.features.pool0 = nn.Identity(), nn.Identity()
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"Net": Net, "DenseNet-BC-100-12": densenet}
+MODELS |= {f"ResNet-{depth}": partial(resnet, depth) for depth in (8, 20, 110)}
 
 
 @dataclass(frozen=True)
@@ -543,6 +552,7 @@ class TrainConfig:
     """Everything that decides the trained weights, apart from the data.
 
     SGD with Nesterov momentum and a one-cycle learning rate that peaks at `peak_lr` (Smith 2018, arXiv:1708.07120).
+    mixed: passes in bfloat16, weights in float32 (Micikevicius et al. 2018, arXiv:1710.03740), in the end in float16.
     """
 
     seed: int = 0
@@ -552,6 +562,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     model: str = "Net"
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -565,8 +576,8 @@ class TrainConfig:
         return MODELS[self.model]().to(pick_device())
 
     def numbers(self) -> dict[str, float]:
-        """All but the model, which tells of itself: see `model_identity`."""
-        return {name: value for name, value in asdict(self).items() if name != "model"}
+        """All but the model, which tells of itself (see `model_identity`), and `mixed` where it is not."""
+        return {name: value for name, value in asdict(self).items() if name != "model" and value is not False}
 
 
 @contextmanager
@@ -628,7 +639,7 @@ def train_model(
     epochs = range(1, config.epochs + 1)
     for epoch in tqdm(epochs, desc="training", unit="epoch", leave=False, disable=validation is None):
         batches = shuffled_batches(train, config.batch_size, generator)
-        row = {"epoch": epoch, **_train_epoch(model, batches, optimizer, scheduler)}
+        row = {"epoch": epoch, **_train_epoch(model, batches, optimizer, scheduler, config.mixed)}
         if validation is not None:
             logits = predict(model, validation)
             row["validation_loss"] = float(F.cross_entropy(logits, validation.labels))
@@ -636,6 +647,9 @@ def train_model(
         if epoch in checkpoints:
             kept[epoch] = copy.deepcopy(model)
         history.append({**row, "seconds": time.perf_counter() - start})
+    if config.mixed:
+        for one in (model, *kept.values()):
+            one.half().float()
     return Training(model, pd.DataFrame(history), kept)
 
 
@@ -654,6 +668,7 @@ def _train_epoch(
     batches: Iterator[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    mixed: bool,
 ) -> dict[str, float]:
     """One pass over `batches`; mean train_loss and train_accuracy measured on the way, and its last learning_rate."""
     model.train()
@@ -661,8 +676,9 @@ def _train_epoch(
     loss_sum, hits, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -687,15 +703,21 @@ def save_checkpoint(path: str | Path, training: Training, identity: Mapping[str,
     The finished model's weights have their own names, those after epoch 2 the same names below "epoch-2/".
     """
     models = {"": training.model} | {f"epoch-{epoch}/": model for epoch, model in training.checkpoints.items()}
-    # Each its own copy: safetensors refuses memory that is shared, as where weights are tied.
     weights = {
-        f"{prefix}{name}": tensor.detach().cpu().clone().contiguous()
+        f"{prefix}{name}": _as_stored(tensor)
         for prefix, model in models.items()
         for name, tensor in model.state_dict().items()
     }
     header = {"identity": json.dumps(identity, sort_keys=True), "history": training.history.to_json(orient="records")}
     with atomic_path(path) as temporary:
         save_file(weights, str(temporary), metadata=header)
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """Its own copy (safetensors refuses memory that is shared, as where weights are tied), in float16 where exact."""
+    own = tensor.detach().cpu().clone().contiguous()
+    half = own.half()
+    return half if own.is_floating_point() and half.to(own.dtype).equal(own) else own
 
 
 @dataclass(frozen=True, eq=False)
@@ -856,17 +878,6 @@ class Evaluation:
 def evaluate(model: nn.Module, data: ImageData) -> Evaluation:
     """Run `model` (in eval mode, put back afterwards) over `data`."""
     return Evaluation(predict(model, data), data.labels, data.class_names)
-
-
-def penultimate_features(model: Net, data: ImageData) -> Tensor:
-    """(n, 84) what the last layer of `Net` is given for each image, on the CPU."""
-    inputs: list[Tensor] = []
-    hook = model.fc3.register_forward_hook(lambda _, given, __: inputs.append(given[0].cpu()))
-    try:
-        predict(model, data)
-    finally:
-        hook.remove()
-    return torch.cat(inputs)
 
 
 def choose_test_images(result: Evaluation, wrong: int = 2) -> list[int]:
@@ -1227,14 +1238,6 @@ def _reason(suspect: pd.Series, twins: Mapping[int, str], sure: float = 0.8) -> 
     if suspect["suggested_probability"] >= sure:
         return f"wrong label? looks like: {suspect['suggested']}"
     return f"ambiguous: {suspect['suggested']} or another"
-
-
-def mean_interval(values: Sequence[float] | NDArray[Any]) -> tuple[float, float]:
-    """Mean of independent runs and the half-width of its 95 % interval (Student's t: wide for few runs)."""
-    if len(values) < 2:
-        raise ValueError("an interval needs at least two runs")
-    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values)), float(student_t.ppf(0.975, len(values) - 1)) * spread
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗

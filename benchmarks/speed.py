@@ -78,30 +78,22 @@ def time_engine(n: int, m: int, models: int = 1) -> dict[str, Any]:
     return {"seconds": whole, "solve": solve, "score": score}
 
 
-def densenet() -> nn.Module:
-    """DenseNet-BC-100/12 (Huang et al. 2017, arXiv:1608.06993): torchvision's, with the first layer for CIFAR."""
-    model = torchvision.models.DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=10)
-    first = [nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.Identity(), nn.Identity(), nn.Identity()]
-    model.features.conv0, model.features.norm0, model.features.relu0, model.features.pool0 = first
-    return model
-
-
 LARGE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ResNet-20": (partial(ns.resnet, 20), 20_000),
     "ResNet-18": (partial(torchvision.models.resnet18, num_classes=10), 10_000),
     "ResNet-110": (partial(ns.resnet, 110), 5_000),
-    "DenseNet-BC-100/12": (densenet, 3_000),
+    "DenseNet-BC-100-12": (ns.densenet, 3_000),
 }
 """Networks, and the training images that ten minutes on two cores allow for each."""
 
 
 def time_large(which: int, m: int) -> dict[str, Any]:
-    """The whole call for m test images, with EK-FAC in 5 GB, through an untrained network, against plain passes."""
+    """The whole call for m test images, within 5 GB, through an untrained network, against plain passes."""
     make, n = list(LARGE.values())[which]
     train, test = ns.load_data("cifar10")
     model, subset = make().to(pick_device()).eval(), train.subset(range(n))
     plain, start = time_pass(model, subset, repeats=1, batch=250), time.perf_counter()
-    health = compute_influences(model, subset, test, range(m), solver="ekfac", memory=5e9).health
+    health = compute_influences(model, subset, test, range(m), solver="ekfac_kernel", memory=5e9).health
     figures = {"seconds": [time.perf_counter() - start], "plain": plain, "chunk": health.chunk, "n": n}
     figures |= {"planned": health.memory / 1e9, "slow_layers": len(health.slow_layers)}
     return figures | {"solve": [health.seconds_solve], "score": [health.seconds_score]}
@@ -222,7 +214,7 @@ def time_all_large() -> dict[str, Any]:
     """Measure the large networks, each in its own process, and print their table."""
     found = {name: in_own_process("large", which, 10) for which, name in enumerate(LARGE)}
     heads = "plain pass s|whole s|solve s|score s|peak GB|score ÷ plain|whole ÷ plain|of 50,000|planned GB|images|chunk"
-    print("\nLarge networks, 10 test images, solver='ekfac', memory=5e9; seconds of one run each\n")
+    print("\nLarge networks, 10 test images, solver='ekfac_kernel', memory=5e9; seconds of one run each\n")
     print_row("what", *heads.split("|"), "slow layers")
     print_row(*["---"] * 13)
     return {name: report_large(name, figures) for name, figures in found.items()}

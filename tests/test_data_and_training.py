@@ -1,5 +1,6 @@
 """Data, checkpoints, evaluation and results on disk, with real files, real damage and a real kill."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -141,6 +142,24 @@ def test_a_checkpoint_is_used_only_for_this_very_configuration_and_data(digits, 
     assert "made with another epochs, train" in capsys.readouterr().out
     trained((train.subset(range(100)), test), path, retrain=True)
     assert "training again" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "params"), {"Net": 62_006, "ResNet-8": 75_290, "ResNet-20": 269_722, "DenseNet-BC-100-12": 769_162}.items()
+)
+def test_mixed_training_learns_and_is_kept_in_half_the_bytes(name, params, digits, tmp_path):
+    config, part = ns.TrainConfig(model=name, epochs=1, batch_size=16, mixed=True), digits[0].subset(range(64))
+    made, kept = (ns.train_models(part, config, [0], tmp_path, 1, checkpoints=[1])[0] for _ in range(2))
+    assert ns.count_parameters(made.model) == params
+    states = [one.state_dict() for one in (made.model, kept.model, kept.checkpoints[1])]
+    for values in zip(*(state.values() for state in states)):
+        assert all(torch.equal(values[0], value) and value.dtype == values[0].dtype for value in values)
+    assert next(made.model.parameters()).dtype == torch.float32
+    (path,) = tmp_path.glob("*.safetensors")
+    assert 2 < path.stat().st_size / (2 * params) < 2.6  # two bytes a number, twice; statistics and names besides
+    plain = ns.train_models(part, dataclasses.replace(config, mixed=False), [0], tmp_path / "plain", 1)[0]
+    assert made.history["train_loss"][0] == pytest.approx(plain.history["train_loss"][0], rel=0.05)
+    assert made.history["train_loss"][0] != plain.history["train_loss"][0]
 
 
 def test_checkpoints_are_the_model_on_its_way_and_come_back_from_the_file(digits, tmp_path, capsys):

@@ -128,11 +128,11 @@ def test_inspecting_a_share_that_is_none():
 
 
 def test_the_interval_of_a_mean_by_hand():
-    mean, half = ns.mean_interval([1.0, 2.0, 3.0])
+    mean, half = metrics.mean_interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t of 2 degrees of freedom
     with pytest.raises(ValueError, match="two runs"):
-        ns.mean_interval([1.0])
+        metrics.mean_interval([1.0])
 
 
 def test_out_of_fold_models_have_not_seen_what_they_judge(digits, tmp_path, monkeypatch):

@@ -118,6 +118,18 @@ def test_noise_ceiling_is_what_the_perfect_prediction_reaches():
     assert reached == pytest.approx(noise_ceiling(repeats)[1], abs=0.03)
 
 
+def test_an_image_that_alone_bends_the_objective_is_left_out_just_as_well():
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 4, generator=generator, dtype=torch.float64), torch.arange(60) % 3
+    features[0] *= 300
+    data = features, labels
+    found, expected = (
+        leave_one_out(data, data, 1e-3, [0, 1]).mean(1),
+        [removal_effect(data, data, 1e-3, [i]) for i in (0, 1)],
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_leave_one_out_equals_refitting_from_scratch():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 6, generator=generator, dtype=torch.float64)
@@ -153,16 +165,6 @@ def test_test_images_are_chosen_by_the_rule():
     assert ns.choose_test_images(result) == [2, 1, 4, 0, 3]  # no c is right: the first c stands in
     with pytest.raises(ValueError, match="no image of class d"):
         ns.choose_test_images(dataclasses.replace(result, class_names=("a", "b", "c", "d")))
-
-
-def test_features_are_what_the_last_layer_sees(little):
-    torch.manual_seed(0)
-    model, (train, _) = ns.Net(), little
-    features = ns.penultimate_features(model, train)
-    assert features.shape == (100, 84)
-    with torch.no_grad():
-        torch.testing.assert_close(model.fc3(features), ns.predict(model, train))
-    assert not model.fc3._forward_hooks
 
 
 def test_retraining_asks_the_model_that_training_gives(little, tmp_path):
