@@ -54,7 +54,7 @@ SEEDS, CHECKPOINTS = 10, (1,) if FAST else (4, 7, 10, 13, 16)  # epochs
 FOLDER = ns.run_mode().data / "quality"
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 OURS = (None, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # the default is about 1 for the margin, 0.3 for the loss
-EKFAC = (None, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+EKFAC = (None, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ OF_NET = (
         "kronfluence",
         "kronfluence.analyzer",
         MARGIN,
-        (None, *DAMPINGS),
+        (None, 1e-5, 1e-4, *DAMPINGS),
         note=OF_BOTH,
     ),
     Method("dattri EK-FAC", "dattri_ekfac", DATTRI, values=(0.0, *DAMPINGS), note="Linear layers only: its limit"),
