@@ -533,13 +533,10 @@ def resnet(depth: int) -> nn.Module:
 
 
 def densenet() -> nn.Module:
-    """DenseNet-BC-100/12 for CIFAR-10 (Huang et al. 2017, arXiv:1608.06993): torchvision's, begun by a 3 × 3 layer.
-
-    Images (b, 3, 32, 32) → logits (b, 10); p is 769,162.
-    """
+    """DenseNet-BC-100/12 for CIFAR-10 (Huang et al. 2017, arXiv:1608.06993): (b, 3, 32, 32) → (b, 10), p is 769,162."""
     model = DenseNet(growth_rate=12, block_config=(16, 16, 16), num_init_features=24, num_classes=10)
-    model.features.conv0, model.features.norm0 = nn.Conv2d(3, 24, 3, 1, 1, bias=False), nn.Identity()
-    model.features.relu0, model.features.pool0 = nn.Identity(), nn.Identity()
+    model.features.conv0 = nn.Conv2d(3, 24, 3, 1, 1, bias=False)
+    del model.features[1:4]  # what ImageNet needs behind it: normalisation, ReLU and pooling
     return model
 
 
