@@ -31,13 +31,11 @@ QUICK = 24e6  # bytes up to which an array is allocated quickly: larger ones com
 class Footprint:
     """Bytes: of the gradients of one sample, of a pass for each sample in it, and what may be taken in all.
 
-    width: multiplications that an inner product of two gradients costs; factored: bytes of the gradients as factors;
-    block: of those of the largest layer.
+    width: multiplications that an inner product of two gradients costs; factored: bytes of the gradients as factors.
     """
 
     gradient: float = 0.0
     factored: float = 0.0
-    block: float = 0.0
     width: int = 0
     sample: float = 0.0
     room: float = math.inf
@@ -146,15 +144,14 @@ class Problem:
 
     def gradients(self, source: Source, indices: Tensor, role: str = "test") -> tuple[Gradients, Tensor]:
         """The gradients at the samples at `indices`, checked, and their targets (k, …)."""
-        parts, said = [], []
+        parts = []
         for chosen in indices.split(self.settings.chunk):
             with self.told(role, chosen):
                 inputs, targets = self.batch(source, chosen)
-                parts.append(self.maker(inputs, targets))
-                said.append(targets)
-        gradients = Gradients.join(parts)
+                parts.append((self.maker(inputs, targets), targets))
+        gradients = Gradients.join([part for part, _ in parts])
         self.check_finite(gradients, role)
-        return gradients, join_targets(said)
+        return gradients, join_targets([targets for _, targets in parts])
 
     def check_finite(self, gradients: Gradients, role: str) -> None:
         """NonFiniteError where a gradient is not made of numbers."""
@@ -218,7 +215,6 @@ def _within_memory(problem: Problem, few: Tensor) -> Problem:
     own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
     sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 2 * gradient
     width, held = sum(block.width for block in light), sum(block.held for block in factored) / len(few)
-    own_block, all_block = (max(block.held for block in blocks) / len(few) for blocks in (light, factored))
-    footprint = Footprint(gradient, held, max(own_block, all_block), width, sample, room)
-    chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / own_block)))
+    footprint, largest = Footprint(gradient, held, width, sample, room), max(block.held for block in light) / len(few)
+    chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / largest)))
     return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

@@ -87,23 +87,15 @@ class Gradients:
         return Gradients(tuple(Dense(part.contiguous()) for part in parts), self.places)
 
     @staticmethod
-    def join(parts: list[Gradients]) -> Gradients:
-        """All samples of `parts`, in order; `parts` is emptied on the way: one layer at a time is held twice."""
-        places = parts[0].places
-        columns = [list(column) for column in zip(*(part.blocks for part in parts), strict=True)][::-1]
-        parts.clear()
-        return Gradients(tuple(_joined(columns.pop()) for _ in places), places)
+    def join(parts: Sequence[Gradients]) -> Gradients:
+        """All samples of `parts`, in order."""
+        columns = [_alike(column) for column in zip(*(part.blocks for part in parts), strict=True)]
+        return Gradients(tuple(type(column[0]).join(column) for column in columns), parts[0].places)
 
 
 def _alike(blocks: Sequence[Block]) -> Sequence[Block]:
     """The same blocks, all in full where they are not all of one form."""
     return blocks if len({type(block) for block in blocks}) == 1 else [Dense(block.dense()) for block in blocks]
-
-
-def _joined(blocks: list[Block]) -> Block:
-    """One block of all samples."""
-    alike = _alike(blocks)
-    return type(alike[0]).join(alike)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

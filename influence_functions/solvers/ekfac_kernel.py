@@ -29,12 +29,11 @@ class EkfacKernel(Ekfac):
 
     @classmethod
     def cost(cls, problem: Problem, tests: int) -> Cost:
-        """Besides that of `ekfac`: r gradients as factors, and twice more the layer at work."""
+        """Besides that of `ekfac`: r gradients as factors, twice while they are joined, and layers that are turned."""
         own, r = super().cost(problem, tests), min(SAMPLES, len(problem.sample))
         number = problem.like.element_size()
         written = 3 * number * min(HELD, r * problem.size // number)
-        one = problem.footprint
-        held = r * (one.factored + 2.5 * one.block + 4 * 8 * r) + written
+        held = r * (2.5 * problem.footprint.factored + 4 * 8 * r) + written
         return own.plus(Cost(held, 2 * problem.size + 24 * r))
 
     def __init__(self, problem: Problem) -> None:
