@@ -93,7 +93,7 @@ def time_large(which: int, m: int) -> dict[str, Any]:
     train, test = ns.load_data("cifar10")
     model, subset = make().to(pick_device()).eval(), train.subset(range(n))
     plain, start = time_pass(model, subset, repeats=1, batch=250), time.perf_counter()
-    health = compute_influences(model, subset, test, range(m), solver="ekfac_kernel", memory=5e9).health
+    health = compute_influences(model, subset, test, range(m), memory=5e9).health
     figures = {"seconds": [time.perf_counter() - start], "plain": plain, "chunk": health.chunk, "n": n}
     figures |= {"planned": health.memory / 1e9, "slow_layers": len(health.slow_layers)}
     return figures | {"solve": [health.seconds_solve], "score": [health.seconds_score]}
@@ -214,7 +214,7 @@ def time_all_large() -> dict[str, Any]:
     """Measure the large networks, each in its own process, and print their table."""
     found = {name: in_own_process("large", which, 10) for which, name in enumerate(LARGE)}
     heads = "plain pass s|whole s|solve s|score s|peak GB|score ÷ plain|whole ÷ plain|of 50,000|planned GB|images|chunk"
-    print("\nLarge networks, 10 test images, solver='ekfac_kernel', memory=5e9; seconds of one run each\n")
+    print("\nLarge networks, 10 test images, memory=5e9; seconds of one run each\n")
     print_row("what", *heads.split("|"), "slow layers")
     print_row(*["---"] * 13)
     return {name: report_large(name, figures) for name, figures in found.items()}
