@@ -574,7 +574,8 @@ class TrainConfig:
 
     def numbers(self) -> dict[str, float]:
         """All but the model, which tells of itself (see `model_identity`), and `mixed` where it is not."""
-        return {name: value for name, value in asdict(self).items() if name != "model" and value is not False}
+        left_out = {"model"} if self.mixed else {"model", "mixed"}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @contextmanager

@@ -105,10 +105,8 @@ def shares(
     models: Sequence[nn.Module], settings: InfluenceSettings, n: int, rows: int
 ) -> tuple[InfluenceSettings, Cost]:
     """Of each model: its part of the memory, and what the scores (rows, n), which lie beside the CPU, take of it."""
-    device, numbers = (
-        pick_device(settings.device),
-        n * max((p.dtype.itemsize for p in models[0].parameters()), default=4),
-    )
+    device = pick_device(settings.device)
+    numbers = n * max((p.dtype.itemsize for p in models[0].parameters()), default=4)
     room, scores = allowed_bytes(settings.memory, device), 2 * rows * numbers
     if device.type == "cpu":
         results = Cost(scores / len(models), 3 * numbers)
