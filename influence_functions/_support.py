@@ -59,14 +59,27 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """None of torch's modes that a caller may be in: inference, autocast, another default device. Also a decorator."""
-    with torch.inference_mode(False), contextlib.ExitStack() as stack:
+    """None of torch's modes that a caller may be in: inference, autocast, another default device. Also a decorator.
+
+    ValueError where memory runs out, which nobody can exclude whose machine others use, too.
+    """
+    with torch.inference_mode(False), contextlib.ExitStack() as stack, _told_of_memory():
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _told_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:  # on a CPU torch has no type of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(f"memory ran out: pass a smaller memory=, or stop what else takes memory ({error})") from error
 
 
 def as_indices(chosen: Indices, size: int, role: str) -> Tensor:
@@ -118,11 +131,17 @@ def free_bytes(device: torch.device) -> float:
 
 
 FRACTION = 0.5  # of what is free may be taken, unless told
+RUNTIME = 128e6  # bytes that torch takes for itself at work: threads, workspaces, gaps in the heap (100 MB measured)
 
 
 def allowed_bytes(asked: float | None, device: torch.device) -> float:
-    """Memory that may be taken: as much as asked for, as far as it is free, or by default a fraction of what is."""
-    free = free_bytes(device)
+    """Memory that may be taken: as much as asked for, as far as it is free, or by default a fraction of what is.
+
+    ValueError where there is not even what torch needs for itself.
+    """
+    free = free_bytes(device) - RUNTIME
+    if free <= 0:
+        raise ValueError(f"less than {RUNTIME / 1e6:.0f} MB of memory are free: stop what else takes memory")
     return min(asked, free) if asked else FRACTION * free
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -72,10 +72,13 @@ class Block(ABC):
         """The sum, sample by sample, for a layer that was called twice."""
         return Dense(self.dense() + other.dense())
 
-    @classmethod
     @abstractmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """All samples of `parts`, in order."""
+    def with_room(self, count: int) -> Self:
+        """A block of this form for `count` samples, all zero so far."""
+
+    @abstractmethod
+    def put(self, start: int, part: Self) -> Self:
+        """With the samples of `part` from `start` on: in place, where there is room for their form."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +114,12 @@ class Dense(Block):
     def select(self, chosen: slice | Tensor) -> Dense:
         return Dense(self.rows[chosen])
 
-    @classmethod
-    def join(cls, parts: Sequence[Dense]) -> Dense:
-        return Dense(torch.cat([part.rows for part in parts]))
+    def with_room(self, count: int) -> Dense:
+        return Dense(self.rows.new_zeros(count, self.size))
+
+    def put(self, start: int, part: Dense) -> Dense:
+        self.rows[start : start + len(part)] = part.rows
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +161,17 @@ class Factors(Block):
         columns = ((self.inputs, other.inputs), (self.deltas, other.deltas))  # two calls: one call at more positions
         return dataclasses.replace(self, inputs=torch.cat(columns[0], dim=1), deltas=torch.cat(columns[1], dim=1))
 
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        columns = ([part.inputs for part in parts], [part.deltas for part in parts])
-        return dataclasses.replace(parts[0], inputs=_stack(columns[0]), deltas=_stack(columns[1]))
+    def with_room(self, count: int) -> Self:
+        inputs, deltas = (part.new_zeros(count, *part.shape[1:]) for part in (self.inputs, self.deltas))
+        return dataclasses.replace(self, inputs=inputs, deltas=deltas)
+
+    def put(self, start: int, part: Self) -> Self:
+        """Where some samples have fewer positions than others, the rest has no gradient (zeros)."""
+        rooms, missing = [self.inputs, self.deltas], part.inputs.shape[1] - self.inputs.shape[1]
+        rooms = [F.pad(room, (0, 0) * (room.ndim - 2) + (0, missing)) if missing > 0 else room for room in rooms]
+        for room, given in zip(rooms, (part.inputs, part.deltas)):
+            room[start : start + len(given), : given.shape[1]] = given
+        return dataclasses.replace(self, inputs=rooms[0], deltas=rooms[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,15 +248,3 @@ class Lookup(Factors):
         for table, each in zip(sums, weights):
             table.index_add_(0, ids, (deltas * each[:, None, None]).flatten(0, 1))
         return sums.flatten(1)
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Parts (b, t, …) as one; where t differs, positions without a gradient (zeros) fill up the shorter ones."""
-    longest = max(part.shape[1] for part in parts)
-    missing = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-    return torch.cat([F.pad(part, wanted) if wanted[-1] else part for part, wanted in zip(parts, missing)])
-
-
-def lightest(block: Block) -> Block:
-    """The same gradients, in full where that makes inner products cheaper."""
-    return block if block.width < block.size else Dense(block.dense())

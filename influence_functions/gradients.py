@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from .blocks import Block, Dense, lightest
+from .blocks import Block, Dense
 from .data import Inputs, call, on_tensors
 from .hooks import Pass, Recorder
 from .layers import Call, by_rule, by_vmap, rule_of
@@ -59,10 +59,10 @@ class GradientMaker:
         batch or sends samples different ways, are made in a loop if `mend`, else DisagreementError.
         """
         blocks = self._by_layer(inputs, targets, check, mend) if self.roads else {}
-        blocks = {name: lightest(block) for name, block in blocks.items()} if light else blocks
         if rest := self._rest():
             blocks[NETWORK] = self._dense(rest, self._through_the_network(rest, inputs, targets))
-        return Gradients(tuple(blocks.values()), tuple(self._places(name, rest) for name in blocks))
+        found = Gradients(tuple(blocks.values()), tuple(self._places(name, rest) for name in blocks))
+        return found.light() if light else found
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """name → (k, *shape) becomes (k, p), parameters side by side in the model's order."""

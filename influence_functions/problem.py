@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ._support import NonFiniteError, allowed_bytes, pick_device
-from .blocks import lightest
 from .data import Inputs, Source, as_source, call, moved, tensors_of
 from .gradients import PROVED, DisagreementError, GradientMaker
 from .measures import Measure, as_measure
@@ -31,11 +30,13 @@ QUICK = 24e6  # bytes up to which an array is allocated quickly: larger ones com
 class Footprint:
     """Bytes: of the gradients of one sample, of a pass for each sample in it, and what may be taken in all.
 
-    width: multiplications that an inner product of two gradients costs; factored: bytes of the gradients as factors.
+    width: multiplications that an inner product of two gradients costs; factored: bytes of the gradients as factors,
+    and largest: those of the layer that has most of them.
     """
 
     gradient: float = 0.0
     factored: float = 0.0
+    largest: float = 0.0
     width: int = 0
     sample: float = 0.0
     room: float = math.inf
@@ -96,7 +97,7 @@ class Problem:
         Fisher, which equals the Gauss-Newton matrix (Martens 2020, section 9). Else the given targets are used.
         """
         with self.told("training", self.sample):
-            found = Gradients.join([self.maker(*batch) for batch in self.drawn_batches()])
+            found = Gradients.collect((self.maker(*batch) for batch in self.drawn_batches()), len(self.sample))
         self.check_finite(found, "training")
         return found
 
@@ -144,14 +145,18 @@ class Problem:
 
     def gradients(self, source: Source, indices: Tensor, role: str = "test") -> tuple[Gradients, Tensor]:
         """The gradients at the samples at `indices`, checked, and their targets (k, …)."""
-        parts = []
-        for chosen in indices.split(self.settings.chunk):
-            with self.told(role, chosen):
-                inputs, targets = self.batch(source, chosen)
-                parts.append((self.maker(inputs, targets), targets))
-        gradients = Gradients.join([part for part, _ in parts])
+        seen: list[Tensor] = []
+
+        def parts() -> Iterator[Gradients]:
+            for chosen in indices.split(self.settings.chunk):
+                with self.told(role, chosen):
+                    inputs, targets = self.batch(source, chosen)
+                    seen.append(targets)
+                    yield self.maker(inputs, targets)
+
+        gradients = Gradients.collect(parts(), len(indices))
         self.check_finite(gradients, role)
-        return gradients, join_targets([targets for _, targets in parts])
+        return gradients, join_targets(seen)
 
     def check_finite(self, gradients: Gradients, role: str) -> None:
         """NonFiniteError where a gradient is not made of numbers."""
@@ -188,6 +193,7 @@ def join_targets(parts: list[Tensor]) -> Tensor:
 def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> Problem:
     """Copy the model (so that the caller's is never touched), move it, and prove its roads on training samples."""
     device, source = pick_device(settings.device), as_source(train, "train")
+    room = allowed_bytes(settings.memory, device)
     private = private_copy(model, device)
     maker = GradientMaker(private, as_measure(settings.measure))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a model that draws numbers leaves no trace
@@ -198,23 +204,22 @@ def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> P
         with problem.told("training", few):
             check_measure(maker, *problem.batch(source, few[:2] if len(few) > 1 else few.repeat(2)))
             maker.prove(tried := [problem.batch(source, few)])
-            problem = _within_memory(problem, few)
+            problem = _within_memory(problem, few, room)
         chunk = problem.proof()[1]
         with problem.told("training", chunk):
             maker.prove([*tried, problem.batch(source, few.flip(0)), problem.batch(source, chunk)])
     return problem
 
 
-def _within_memory(problem: Problem, few: Tensor) -> Problem:
+def _within_memory(problem: Problem, few: Tensor, room: float) -> Problem:
     """With what it takes, measured on a few samples, and a chunk that leaves half of the room for the solver."""
     settings, batch = problem.settings, problem.batch(problem.train, few)
-    room = allowed_bytes(settings.memory, problem.device)
-    factored = problem.maker(*batch, light=False).blocks
-    light = [lightest(block) for block in factored]
-    gradient = sum(block.held for block in light) / len(few)
+    factored = problem.maker(*batch, light=False)
+    light = factored.light()
+    gradient = light.held / len(few)
     own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
     sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 2 * gradient
-    width, held = sum(block.width for block in light), sum(block.held for block in factored) / len(few)
-    footprint, largest = Footprint(gradient, held, width, sample, room), max(block.held for block in light) / len(few)
-    chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / largest)))
+    held, full = ([block.held / len(few) for block in blocks] for blocks in (factored.blocks, light.blocks))
+    footprint = Footprint(gradient, sum(held), max(held), light.width, sample, room)
+    chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / max(full))))
     return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

@@ -153,7 +153,7 @@ def test_each_rule_gives_the_gradients_of_a_loop(name, measure, frozen):
     assert relative_error(found.against(found.like(directions)), directions @ exact.T) < 1e-10
     weights = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     assert relative_error(found.weighted(weights), weights @ exact) < 1e-10
-    halves = type(found).join([found.select(slice(0, 2)), found.select(slice(2, 6))])
+    halves = type(found).collect((found.select(slice(0, 2)), found.select(slice(2, 6))), 6)
     assert relative_error(halves.dense(), exact) < 1e-10
 
 

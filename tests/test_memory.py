@@ -12,7 +12,7 @@ from references import relative_error
 from torch import nn
 
 from influence_functions import compute_influences, mean_influences, self_influences
-from influence_functions._support import free_bytes
+from influence_functions._support import RUNTIME, free_bytes
 
 WIDE = 100
 
@@ -157,8 +157,31 @@ def test_under_any_limit_a_call_ends_with_numbers_or_says_what_it_needs(gigabyte
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
     for solver, answer in said.items():
-        assert answer in ("kernel", "ekfac_kernel", "ekfac", solver) or "may be taken; raise memory=" in answer, answer
+        refused = "may be taken; raise memory=" in answer or "MB of memory are free" in answer
+        assert answer in ("kernel", "ekfac_kernel", "ekfac", solver) or refused, answer
     assert gigabytes < 2 or ("auto" in said and said["auto"] in ("kernel", "ekfac_kernel", "ekfac"))
+
+
+class Hungry(nn.Linear):
+    """A forward that asks for a petabyte as soon as it sees more than a few samples."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 60:
+            torch.empty(10**15)
+        return super().forward(inputs)
+
+
+def test_memory_that_runs_out_all_the_same_is_an_error_that_says_what_to_do(points):
+    model = Hungry(20, 3).double()
+    with pytest.raises(ValueError, match=r"memory ran out: pass a smaller memory=, or stop .*allocate memory"):
+        compute_influences(model, points, points, [0], device="cpu")
+    compute_influences(model, points, points, [0], device="cpu", chunk=50)
+
+
+def test_no_room_at_all_is_said_at_once(points, monkeypatch):
+    monkeypatch.setattr("influence_functions._support.free_bytes", lambda device: RUNTIME / 2)
+    with pytest.raises(ValueError, match="less than 128 MB of memory are free: stop what else takes memory"):
+        compute_influences(wide(), points, points, [0], device="cpu")
 
 
 def test_a_limit_of_the_process_counts_as_what_is_free():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,22 +31,25 @@ class EkfacKernel(Ekfac):
 
     @classmethod
     def cost(cls, problem: Problem, tests: int) -> Cost:
-        """Besides that of `ekfac`: r gradients as factors, twice while they are joined, and layers that are turned."""
+        """Besides that of `ekfac`: r gradients as factors, and of one layer at a time what is turned."""
         own, r = super().cost(problem, tests), min(SAMPLES, len(problem.sample))
         number = problem.like.element_size()
         written = 3 * number * min(HELD, r * problem.size // number)
-        held = r * (2.5 * problem.footprint.factored + 4 * 8 * r) + written
+        held = r * (problem.footprint.factored + 3 * problem.footprint.largest + 4 * 8 * r) + written
         return own.plus(Cost(held, 2 * problem.size + 24 * r))
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        parts, count = [], 0
-        for gradients in self._sampled(check=False):
-            parts.append(gradients.select(slice(SAMPLES - count)))
-            if (count := count + len(parts[-1])) == SAMPLES:
-                break
-        self.sample = Gradients.join(parts)
+        self.sample = Gradients.collect(self._first(), min(SAMPLES, len(problem.sample)))
         self.factors: dict[float, tuple[Tensor, float]] = {}
+
+    def _first(self) -> Iterator[Gradients]:
+        """The sampled gradients, up to so many."""
+        left = SAMPLES
+        for gradients in self._sampled(check=False):
+            yield gradients.select(slice(left))
+            if (left := left - len(gradients)) <= 0:
+                return
 
     def factor(self, damping: float) -> tuple[Tensor, float]:
         """Cholesky factor of K + rμI in float64, and μ."""

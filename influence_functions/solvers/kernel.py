@@ -62,9 +62,9 @@ class Kernel(Prepared):
 
     @classmethod
     def cost(cls, problem: Problem, tests: int) -> Cost:
-        """The sampled gradients, twice while they are joined, and some r × r matrices in float64."""
+        """The sampled gradients, and some r × r matrices in float64."""
         r, one, number = len(problem.sample), problem.footprint, problem.like.element_size()
-        fixed = 2 * r * one.gradient + 4 * 8 * r * r
+        fixed = r * one.gradient + 4 * 8 * r * r
         products = _pays(r, tests, one.width, problem.size // number)
         test = 2 * one.gradient + (24 * r if products else 2 * problem.size)
         return Cost(fixed, test, one.sample + r * number, number)
