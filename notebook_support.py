@@ -645,9 +645,10 @@ def train_model(
         if epoch in checkpoints:
             kept[epoch] = copy.deepcopy(model)
         history.append({**row, "seconds": time.perf_counter() - start})
-    if config.mixed:
-        for one in (model, *kept.values()):
-            one.half().float()
+    for one in (model, *kept.values()) if config.mixed else ():
+        for tensor in one.state_dict().values():
+            if tensor.is_floating_point() and torch.isfinite(half := tensor.half()).all():  # else nothing is lost
+                tensor.copy_(half)
     return Training(model, pd.DataFrame(history), kept)
 
 

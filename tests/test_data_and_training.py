@@ -162,6 +162,16 @@ def test_mixed_training_learns_and_is_kept_in_half_the_bytes(name, params, digit
     assert made.history["train_loss"][0] != plain.history["train_loss"][0]
 
 
+def test_what_float16_cannot_hold_is_kept_as_it_is_after_mixed_training(digits):
+    config, part = ns.TrainConfig(epochs=1, mixed=True), digits[0].subset(range(64))
+    model = config.new_model()
+    model.register_buffer("far", torch.tensor([1e6, 1 / 3]))
+    model.register_buffer("near", torch.tensor([1.0, 1 / 3]))
+    ns.train_model(model, part, config)
+    assert model.far.tolist() == torch.tensor([1e6, 1 / 3]).tolist()
+    assert model.near.tolist() == torch.tensor([1.0, 1 / 3]).half().tolist()
+
+
 def test_checkpoints_are_the_model_on_its_way_and_come_back_from_the_file(digits, tmp_path, capsys):
     config, path = ns.TrainConfig(epochs=3, batch_size=64), tmp_path / "net.safetensors"
     models, trainings = [ns.Net() for _ in range(2)], []
