@@ -74,6 +74,7 @@ def plain_torch() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_of_memory() -> Iterator[None]:
+    """ValueError, with what to do, in the place of whatever says that memory could not be had."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:  # on a CPU torch has no type of its own for it
