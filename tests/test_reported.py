@@ -673,13 +673,16 @@ def test_19_what_does_not_fit_says_which_setting_to_change(monkeypatch):
     from influence_functions import _support
 
     data, asked = blob(30), []
-    monkeypatch.setattr(_support, "free_bytes", lambda device: asked.append(device) or 20_000)
+    monkeypatch.setattr(_support, "free_bytes", lambda device: asked.append(device) or _support.RUNTIME + 20_000)
     words = r"influence needs at least .* with solver 'kernel'.* raise memory=.* fewer test samples, samples below 30"
     with pytest.raises(ValueError, match=words):
         compute_influences(nn.Linear(5, 40).double(), data, data, range(12))
     assert asked, "the patch was not met"
-    monkeypatch.setattr(_support, "free_bytes", lambda device: 4e6)
+    monkeypatch.setattr(_support, "free_bytes", lambda device: _support.RUNTIME + 4e6)
     assert compute_influences(nn.Linear(5, 40).double(), data, data, range(12)).health.memory <= 2e6
+    monkeypatch.setattr(_support, "free_bytes", lambda device: 20_000)
+    with pytest.raises(ValueError, match="less than 128 MB of memory are free: stop what else takes memory"):
+        compute_influences(nn.Linear(5, 40).double(), data, data, range(12))
 
 
 # ── errors that name cause and cure, or no error at all ─────────────────────────────────────────────────────────────
