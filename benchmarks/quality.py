@@ -53,6 +53,7 @@ TUNING_IMAGES = 200  # the first ones
 SEEDS, CHECKPOINTS = 10, (1,) if FAST else (4, 7, 10, 13, 16)  # epochs
 FOLDER = ns.run_mode().data / "quality"
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+SMALL = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)  # what EK-FAC likes best where there is batch normalisation
 OURS = (None, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # the default is about 1 for the margin, 0.3 for the loss
 EKFAC = (None, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -131,13 +132,13 @@ OF_NET = (
     Method(MIXED, "ours", options=BOTH, values=EKFAC, note="solver='ekfac_kernel'"),
     Method("gradient product", "gradient_product", note="no curvature: what every method must beat"),
     Method("gradient product, margin", "gradient_product", options=MARGIN),
-    Method("kronfluence EK-FAC", "kronfluence", "kronfluence.analyzer", values=(None, 1e-8, *DAMPINGS[:4])),
+    Method("kronfluence EK-FAC", "kronfluence", "kronfluence.analyzer", values=(None, 1e-10, *SMALL, *DAMPINGS[:4])),
     Method(
         "kronfluence EK-FAC, margin",
         "kronfluence",
         "kronfluence.analyzer",
         MARGIN,
-        (None, 1e-5, 1e-4, *DAMPINGS),
+        (None, *SMALL, *DAMPINGS[:4]),
         note=OF_BOTH,
     ),
     Method("dattri EK-FAC", "dattri_ekfac", DATTRI, values=(0.0, *DAMPINGS), note="Linear layers only: its limit"),
@@ -241,8 +242,8 @@ OF_RESNET = (
     Method("ours, kernel, loss", "ours", options=KERNEL | LOSS, values=OURS, note="measure='loss'"),
     Method("ours, kernel, 5 checkpoints", "ours", options=KERNEL, checkpoints=True, like="ours, kernel"),
     Method("ours, projected", "projected", values=(1e-3, 1e-2, 1e-1, 1.0), note="ridge on 4,096 random sums"),
-    Method("ours, EK-FAC, fast, 5 checkpoints", "ours", options=FEWER, checkpoints=True, like="ours, EK-FAC, fast"),
     *(method for method in OF_NET if method.name in IN_BOTH),
+    Method("ours, EK-FAC, fast, 5 checkpoints", "ours", options=FEWER, checkpoints=True, like="ours, EK-FAC, fast"),
 )
 METHODS = (*OF_NET, *(dataclasses.replace(method, network="ResNet-8") for method in OF_RESNET))
 
