@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -41,6 +40,7 @@ import numpy as np
 import peers
 import torch
 from numpy.typing import NDArray
+from speed import peak
 
 import notebook_support as ns
 from influence_functions import NonFiniteError
@@ -351,11 +351,6 @@ def measure(method: Method) -> dict[str, Any]:
         np.save(temporary, scores)
     figures = {"value": value, "tried": tried, "seconds": prepared + seconds, "images": images}
     return figures | {"base": base, "peak": peak()}
-
-
-def peak() -> float:
-    """The most memory this process has held so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def in_own_process(method: Method) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How fast is the engine? One command, one run, ratios on the same machine, images and model.
 
-    python benchmarks/speed.py            # what `make bench` does, about twenty minutes on two cores
+    python benchmarks/speed.py            # what `make bench` does, about forty minutes on two cores
     python benchmarks/speed.py --large    # the large networks alone, half an hour
 
 Each part runs in a process of its own, so that its peak memory is its own. The package is timed on a part of its work
