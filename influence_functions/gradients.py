@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ from torch.func import grad, vmap
 
 from .blocks import Block, Dense
 from .data import Inputs, call, on_tensors
-from .hooks import Pass, Recorder
+from .hooks import Pass, Recorder, layers_of
 from .layers import Call, by_rule, by_vmap, rule_of
 from .measures import Measure
-from .stack import Gradients
+from .stack import Gradients, OnDemand
 
 Road = Callable[[nn.Module, Sequence[str], Call], Block]
 PROVED = 4  # samples of a batch that are compared, one by one
@@ -42,7 +42,7 @@ class GradientMaker:
         self.model, self.measure = model, measure
         self.params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.columns = _columns(self.params)
-        self.layers = _layers(model)
+        self.layers = layers_of(model)
         self.recorder = Recorder(model, [*self.layers])
         self.roads: dict[str, Road] = {}
         self.looped = False
@@ -54,14 +54,16 @@ class GradientMaker:
                  light: bool = True) -> Gradients:  # fmt: skip
         """The gradients of the measure at each sample: inputs (b, …), targets (b, …); light: for inner products.
 
+        Each layer's are made whenever they are read: `Gradients.made` is for who reads them more than once.
         check: hold each layer's against autograd on this batch, at the price of one more backward pass, as is done in
         any case where a batch goes another way than those before. Those that do not agree, as where a forward sorts its
         batch or sends samples different ways, are made in a loop if `mend`, else DisagreementError.
         """
-        blocks = self._by_layer(inputs, targets, check, mend) if self.roads else {}
+        makers = self._by_layer(inputs, targets, check, mend) if self.roads else {}
         if rest := self._rest():
-            blocks[NETWORK] = self._dense(rest, self._through_the_network(rest, inputs, targets))
-        found = Gradients(tuple(blocks.values()), tuple(self._places(name, rest) for name in blocks))
+            makers[NETWORK] = lambda: self._dense(rest, self._through_the_network(rest, inputs, targets))
+        places = tuple(self._places(name, rest) for name in makers)
+        found = Gradients(OnDemand(tuple(map(torch.no_grad(), makers.values()))), places, len(targets))
         return found.light() if light else found
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -84,7 +86,7 @@ class GradientMaker:
         The batches should have several sizes and orders: a forward may sort its samples, or treat many unlike few. A
         rule that fails on a layer is left for that layer alone; a warning names it, unless the rule declined.
         """
-        self.layers, self.roads, self.looped = (all_layers := _layers(self.model)), {}, False
+        self.layers, self.roads, self.looped = (all_layers := layers_of(self.model)), {}, False
         passes = [self.recorder(self.measure, *batch) for batch in batches]
         behind = {name for one in passes for name in self._behind(one)}
         self.layers = {name: own for name, own in self.layers.items() if name not in behind}
@@ -128,28 +130,33 @@ class GradientMaker:
             return False
         return all(_close(found[name], truth[name]) for name in rest)
 
-    def _by_layer(self, inputs: Inputs, targets: Tensor, check: bool, mend: bool) -> dict[str, Block]:
-        one = self.recorder(self.measure, inputs, targets)
-        check, found = check or one.shape not in self.seen, {}
+    def _by_layer(self, inputs: Inputs, targets: Tensor, check: bool, mend: bool) -> dict[str, Callable[[], Block]]:
+        """Of each layer with a road, what makes its block; where it is not what it should be, by the loop."""
+        one, wanted = self.recorder(self.measure, inputs, targets), dict[str, Tensor]()
+        way = one.shape
+        check = check or way not in self.seen
         calls = one.calls(self.roads, keep=check)
-        for name in self.roads:
+        weights = torch.randn(len(targets), generator=torch.Generator().manual_seed(len(targets))).to(one.values)
+        if check:
+            wanted = one.sums({layer: self._parameters(layer) for layer in self.roads}, weights.detach())
+            self.seen.add(way)
+        every = [name for layer in self.roads for name in self._parameters(layer)]
+        exact = cache(lambda: self._in_a_loop(every, inputs, targets))  # whoever needs one layer may need them all
+
+        def block(layer: str) -> Block:
             try:
-                found[name] = self._block(name, calls.get(name, []), len(targets))
+                found = self._block(layer, calls.get(layer, []), len(targets))
+                if len(found) == len(targets) and _right(found, weights, wanted.get(layer)):
+                    return found
+                self.seen.discard(way)
+                if mend:
+                    return self._dense(self._parameters(layer), exact())
             except Exception as error:
-                kind = type(self.model.get_submodule(name)).__name__
-                raise ValueError(f"layer {name!r} ({kind}): its gradients failed: {error}") from error
-        odd = {name for name, block in found.items() if len(block) != len(targets)}
-        if check:  # a sum with random weights sees what is missing, and in which order the samples are
-            weights = torch.randn(len(targets), generator=torch.Generator().manual_seed(len(targets))).to(one.values)
-            wanted = one.sums({layer: self._parameters(layer) for layer in found}, weights.detach())
-            for layer in found.keys() - odd:
-                if not _close(found[layer].weighted(weights[None].to(wanted[layer]))[0], wanted[layer]):
-                    odd.add(layer)
-        if odd and not mend:
-            raise DisagreementError(min(odd))
-        self.seen |= set() if odd else {one.shape}
-        exact = self._in_a_loop([name for layer in odd for name in self._parameters(layer)], inputs, targets)
-        return found | {layer: self._dense(self._parameters(layer), exact) for layer in odd}
+                kind = type(self.model.get_submodule(layer)).__name__
+                raise ValueError(f"layer {layer!r} ({kind}): its gradients failed: {error}") from error
+            raise DisagreementError(layer)
+
+        return {layer: partial(block, layer) for layer in self.roads}
 
     def _behind(self, one: Pass) -> set[str]:
         """The layers whose parameters are used more often than they are called: by somebody else, too."""
@@ -222,24 +229,13 @@ def _columns(params: Mapping[str, Tensor]) -> dict[str, slice]:
     return {name: slice(start, end) for name, start, end in zip(params, ends, ends[1:])}
 
 
-def _layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Layer → its trainable parameters, for the layers without children whose parameters nobody shares."""
-    owners: dict[Tensor, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            owners[param] = owners.get(param, 0) + 1
-    found: dict[str, tuple[str, ...]] = {}
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return found  # what happens inside of it, no hook sees
-    for name, layer in model.named_modules():
-        own = {n: p for n, p in layer.named_parameters(recurse=False, remove_duplicate=False) if p.requires_grad}
-        if own and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
-            found[name] = tuple(own)
-    return found
-
-
 def _first(inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
     return on_tensors(lambda part: part[:PROVED], inputs), targets[:PROVED]
+
+
+def _right(found: Block, weights: Tensor, wanted: Tensor | None) -> bool:
+    """A sum with random weights (b,) sees what is missing, and in which order the samples are; None: not looked at."""
+    return wanted is None or _close(found.weighted(weights[None].to(wanted))[0], wanted)
 
 
 def _close(found: Tensor | None, wanted: Tensor) -> bool:

@@ -127,6 +127,22 @@ class Pass:
         return {layer: torch.cat([next(parts) for _ in names]) for layer, names in layers.items()}
 
 
+def layers_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Layer → its trainable parameters, for the layers without children whose parameters nobody shares."""
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners[param] = owners.get(param, 0) + 1
+    found: dict[str, tuple[str, ...]] = {}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return found  # what happens inside of it, no hook sees
+    for name, layer in model.named_modules():
+        own = {n: p for n, p in layer.named_parameters(recurse=False, remove_duplicate=False) if p.requires_grad}
+        if own and not any(layer.children()) and all(owners[param] == 1 for param in own.values()):
+            found[name] = tuple(own)
+    return found
+
+
 def leaves_used(result: Tensor) -> Iterator[Tensor]:
     """The tensors that autograd began with on the way to a result, each as often as it was used."""
     seen, nodes = set(), [result.grad_fn]

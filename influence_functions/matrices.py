@@ -106,9 +106,11 @@ class Outer(Matrices):
         return torch.cat([((deltas @ weights) * inputs).sum((1, 2)) for deltas, inputs in self.pairs()])
 
     def gram(self, weights: Tensor) -> Tensor:
-        total = weights.new_zeros(len(self.deltas), len(self.deltas))
-        for rows in slices(len(weights), self.inputs[:, 0].numel()):
-            written = (self.deltas[:, :, rows].mT @ self.inputs) * weights[rows].sqrt()
+        total, roots, inputs = weights.new_zeros(len(self.deltas), len(self.deltas)), weights.sqrt(), self.inputs
+        if 2 * len(used := inputs.flatten(0, 1).any(0).nonzero()[:, 0]) < inputs.shape[2]:
+            roots, inputs = roots[:, used], inputs[..., used]
+        for rows in slices(len(roots), inputs[:, 0].numel()):
+            written = (self.deltas[:, :, rows].mT @ inputs) * roots[rows]
             total.addmm_(written.flatten(1), written.flatten(1).T)
         return total
 

@@ -214,12 +214,12 @@ def make_problem(model: nn.Module, train: Any, settings: InfluenceSettings) -> P
 def _within_memory(problem: Problem, few: Tensor, room: float) -> Problem:
     """With what it takes, measured on a few samples, and a chunk that leaves half of the room for the solver."""
     settings, batch = problem.settings, problem.batch(problem.train, few)
-    factored = problem.maker(*batch, light=False)
+    factored = problem.maker(*batch, light=False).made()
     light = factored.light()
-    gradient = light.held / len(few)
-    own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
-    sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 2 * gradient
     held, full = ([block.held / len(few) for block in blocks] for blocks in (factored.blocks, light.blocks))
+    gradient = sum(full)
+    own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
+    sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 3 * max(*held, *full)
     footprint = Footprint(gradient, sum(held), max(held), light.width, sample, room)
     chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / max(full))))
     return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

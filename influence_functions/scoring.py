@@ -41,6 +41,7 @@ class _Scoring:
         for problem, solved in self.members:
             with problem.told("training", chosen):
                 gradients = problem.maker(*problem.fitted(*raw), check, self.always)
+            gradients = gradients if all(one.reads_once for one in solved) else gradients.made()
             found.append([one.scores(gradients).cpu() for one in solved])
         return found, raw[1].cpu()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,29 +15,42 @@ from .blocks import Block, Dense
 
 
 @dataclass(frozen=True, eq=False)
-class Gradients:
-    """The gradients of b samples with respect to all p parameters: blocks, and where each one's columns stand in p."""
+class OnDemand(Sequence[Block]):
+    """Blocks that are made whenever they are read, and held by nobody: in memory is one of them, and not all."""
 
-    blocks: tuple[Block, ...]
-    places: tuple[tuple[slice, ...], ...]
+    makers: tuple[Callable[[], Block], ...]
 
     def __len__(self) -> int:
-        return len(self.blocks[0])
+        return len(self.makers)
+
+    def __getitem__(self, chosen: Any) -> Any:
+        return OnDemand(self.makers[chosen]) if isinstance(chosen, slice) else self.makers[chosen]()
+
+    def then(self, change: Callable[[Block], Block]) -> OnDemand:
+        """Changed, as soon as they are made."""
+        return OnDemand(tuple(partial(_after, change, make) for make in self.makers))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """The gradients of b `samples` with respect to all p parameters: blocks, and where their columns stand in p."""
+
+    blocks: Sequence[Block]
+    places: tuple[tuple[slice, ...], ...]
+    samples: int
+
+    def __len__(self) -> int:
+        return self.samples
 
     @property
     def size(self) -> int:
         """p."""
-        return sum(block.size for block in self.blocks)
+        return sum(place.stop - place.start for places in self.places for place in places)
 
     @property
     def width(self) -> int:
         """Multiplications that an inner product of two samples costs."""
         return sum(block.width for block in self.blocks)
-
-    @property
-    def held(self) -> int:
-        """Bytes in memory."""
-        return sum(block.held for block in self.blocks)
 
     def _gather(self, directions: Tensor, places: tuple[slice, ...]) -> Tensor:
         """The columns of directions (m, p) at some places."""
@@ -76,7 +91,8 @@ class Gradients:
 
     def select(self, chosen: slice | Tensor) -> Gradients:
         """Some of the samples."""
-        return Gradients(tuple(block.select(chosen) for block in self.blocks), self.places)
+        few = len(torch.arange(self.samples)[chosen.cpu() if isinstance(chosen, Tensor) else chosen])
+        return self._changed(lambda block: block.select(chosen), few)
 
     def like(self, matrix: Tensor) -> Gradients:
         """Any (k, p) as gradients of k samples, in blocks like these."""
@@ -84,12 +100,21 @@ class Gradients:
 
     def of_blocks(self, parts: Iterable[Tensor]) -> Gradients:
         """Any (k, q) for each block, its columns in its own order."""
-        return Gradients(tuple(Dense(part.contiguous()) for part in parts), self.places)
+        blocks = tuple(Dense(part.contiguous()) for part in parts)
+        return Gradients(blocks, self.places, len(blocks[0]))
 
     def light(self) -> Gradients:
         """The same, each block in full where that makes inner products cheaper."""
-        blocks = (block if block.width < block.size else Dense(block.dense()) for block in self.blocks)
-        return Gradients(tuple(blocks), self.places)
+        return self._changed(lambda block: block if block.width < block.size else Dense(block.dense()), self.samples)
+
+    def made(self) -> Gradients:
+        """The same, all blocks in memory: for who reads them more than once."""
+        return self if isinstance(self.blocks, tuple) else Gradients(tuple(self.blocks), self.places, self.samples)
+
+    def _changed(self, change: Callable[[Block], Block], samples: int) -> Gradients:
+        blocks = self.blocks
+        changed = blocks.then(change) if isinstance(blocks, OnDemand) else tuple(map(change, blocks))
+        return Gradients(changed, self.places, samples)
 
     @staticmethod
     def collect(parts: Iterable[Gradients], count: int) -> Gradients:
@@ -98,12 +123,16 @@ class Gradients:
         start = 0
         for part in parts:
             if len(part) == count:
-                return part
+                return part.made()
             whole = whole or [block.with_room(count) for block in part.blocks]
-            pairs = [_alike(pair) for pair in zip(whole, part.blocks, strict=True)]
+            pairs = (_alike(pair) for pair in zip(whole, part.blocks, strict=True))
             whole = [mine.put(start, theirs) for mine, theirs in pairs]
             start += len(part)
-        return Gradients(tuple(whole), part.places)
+        return Gradients(tuple(whole), part.places, start)
+
+
+def _after(change: Callable[[Block], Block], make: Callable[[], Block]) -> Block:
+    return change(make())
 
 
 def _alike(blocks: Sequence[Block]) -> Sequence[Block]:

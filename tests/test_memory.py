@@ -5,14 +5,16 @@ import re
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
 from references import relative_error
 from torch import nn
 
-from influence_functions import compute_influences, mean_influences, self_influences
+from influence_functions import compute_influences, mean_influences, scoring, self_influences
 from influence_functions._support import RUNTIME, free_bytes
+from influence_functions.gradients import GradientMaker
 
 WIDE = 100
 
@@ -187,3 +189,29 @@ def test_no_room_at_all_is_said_at_once(points, monkeypatch):
 def test_a_limit_of_the_process_counts_as_what_is_free():
     done = limited(3, "from influence_functions._support import free_bytes\nprint(free_bytes(torch.device('cpu')))")
     assert 1e9 < float(done.stdout) < 3e9 < free_bytes(torch.device("cpu")) + 2e9
+
+
+@pytest.mark.parametrize(("solver", "most"), [("ekfac", 2), ("identity", 3), ("kernel", 6)])
+def test_of_a_deep_network_few_layers_gradients_are_in_memory_while_it_is_scored(solver, most, monkeypatch):
+    """All six are held only by who reads them several times; the one before dies when the next is there."""
+    layers = [nn.Sequential(nn.Linear(20, 20), nn.Tanh()) for _ in range(5)]
+    torch.manual_seed(0)
+    model, points = nn.Sequential(*layers, nn.Linear(20, 3)), (torch.randn(60, 20), torch.arange(60) % 3)
+    alive, peaks, make = weakref.WeakSet(), [], GradientMaker._block
+
+    def counted(*args):
+        alive.add(block := make(*args))
+        peaks.append(len(alive))
+        return block
+
+    score = scoring._Scoring.__call__
+
+    def watched(self, chosen):
+        with monkeypatch.context() as patch:
+            patch.setattr(GradientMaker, "_block", counted)
+            return score(self, chosen)
+
+    monkeypatch.setattr(scoring._Scoring, "__call__", watched)
+    found = compute_influences(model, points, points, range(30), solver=solver, chunk=10, damping=1.0, device="cpu")
+    assert found.scores.shape == (30, 60)
+    assert max(peaks) == most

@@ -91,6 +91,7 @@ class _Read(Solved):
 
     matrix: Tensor
     health: Health
+    reads_once = True
 
     def scores(self, chunk: Gradients) -> Tensor:
         """Inner products of gradients and solutions."""

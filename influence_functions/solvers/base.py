@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,9 +75,13 @@ class Health:
 
 
 class Solved(ABC):
-    """The answer for m test samples."""
+    """The answer for m test samples.
+
+    reads_once: whether `scores` reads each layer's gradients a single time, so that they need not all be in memory.
+    """
 
     health: Health
+    reads_once: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, chunk: Gradients) -> Tensor:
@@ -98,6 +103,7 @@ class Directions(Solved):
     tests: Gradients
     s: Gradients
     health: Health
+    reads_once = True
 
     def scores(self, chunk: Gradients) -> Tensor:
         """Inner products of gradients and solutions."""
@@ -149,7 +155,8 @@ class Prepared(ABC):
     @classmethod
     def cost(cls, problem: Problem, tests: int) -> Cost:
         """What it will take, known before it is allocated; by default, that of gradients and solutions (tests, p)."""
-        return Cost(problem.size, 3 * problem.size, problem.footprint.sample, problem.like.element_size())
+        chunk = problem.footprint.sample + problem.footprint.gradient
+        return Cost(problem.size, 3 * problem.size, chunk, problem.like.element_size())
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

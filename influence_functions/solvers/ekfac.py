@@ -55,7 +55,7 @@ class Ekfac(Prepared):
         fixed = number * (2 * sum(sides) + 3 * max(sides)) + (2 + 3 * CHECKED) * problem.size
         written = 4 * min(largest, number * HELD // 16)  # of what is written out at a time
         test = problem.size + 2 * one.gradient + 5 * largest
-        return Cost(fixed, test, one.sample + 2 * one.gradient + written, number)
+        return Cost(fixed, test, one.sample + written, number)
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -78,24 +78,28 @@ class Ekfac(Prepared):
             for i, batch in enumerate(self.problem.drawn_batches()):
                 yield self.problem.maker(*batch, check and i % CHECK_EVERY == 0, light=False)
 
-    def _bases(self) -> list[tuple[int, Sheet, Basis]]:
-        """The directions of each sheet of each block."""
-        found = [(k, sheet) for k, each in enumerate(self.problem.maker.shapes()) for sheet in sheets(each)]
+    def _bases(self) -> list[list[tuple[Sheet, Basis]]]:
+        """Of each block the sheets, with their directions."""
         like = self.problem.like
-        sums = [[moment_of(sheet.rows, like), moment_of(sheet.columns, like)] for _, sheet in found]
+        found = [
+            [(sheet, moment_of(sheet.rows, like), moment_of(sheet.columns, like)) for sheet in sheets(each)]
+            for each in self.problem.maker.shapes()
+        ]
         for gradients in self._sampled(check=True):
-            for (k, sheet), both in zip(found, sums):
-                matrices(gradients.blocks[k], sheet).add_moments(*both)
-        sides = ([Side.of(one, like) for one in both] for both in sums)
-        return [(k, sheet, Basis(*both)) for (k, sheet), both in zip(found, sides)]
+            for block, parts in zip(gradients.blocks, found):
+                for sheet, left, right in parts:
+                    matrices(block, sheet).add_moments(left, right)
+        return [[(sheet, Basis(Side.of(a, like), Side.of(b, like))) for sheet, a, b in parts] for parts in found]
 
-    def _with_values(self, bases: list[tuple[int, Sheet, Basis]]) -> list[Fitted]:
+    def _with_values(self, bases: list[list[tuple[Sheet, Basis]]]) -> list[Fitted]:
         """The mean squared gradient in each direction."""
-        sums = [self.problem.like.new_zeros(sheet.rows, sheet.columns) for _, sheet, _ in bases]
+        like, count = self.problem.like, len(self.problem.sample)
+        found = [[(one, like.new_zeros(one[0].rows, one[0].columns)) for one in parts] for parts in bases]
         for gradients in self._sampled(check=False):
-            for (k, sheet, basis), total in zip(bases, sums):
-                total += matrices(gradients.blocks[k], sheet).turned(basis).squares()
-        return [Fitted(*one, total / len(self.problem.sample)) for one, total in zip(bases, sums)]
+            for block, parts in zip(gradients.blocks, found):
+                for (sheet, basis), total in parts:
+                    total += matrices(block, sheet).turned(basis).squares()
+        return [Fitted(k, *one, total / count) for k, parts in enumerate(found) for one, total in parts]
 
     def solve(self, tests: Gradients, damping: float | None = None) -> Directions:
         """Each layer by itself: turn, divide, turn back."""

@@ -17,6 +17,7 @@ class Plain(Solved):
 
     tests: Gradients
     health: Health
+    reads_once = True
 
     def scores(self, chunk: Gradients) -> Tensor:
         """gᵀv / λ."""

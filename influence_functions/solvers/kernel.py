@@ -67,7 +67,7 @@ class Kernel(Prepared):
         fixed = r * one.gradient + 4 * 8 * r * r
         products = _pays(r, tests, one.width, problem.size // number)
         test = 2 * one.gradient + (24 * r if products else 2 * problem.size)
-        return Cost(fixed, test, one.sample + r * number, number)
+        return Cost(fixed, test, one.sample + (one.gradient + r * number if products else 0), number)
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
