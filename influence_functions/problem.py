@@ -24,6 +24,7 @@ from .verify import check_measure, check_own, try_model
 
 CHECK_EVERY = 8  # chunks of training samples, whose gradients are held against autograd
 QUICK = 24e6  # bytes up to which an array is allocated quickly: larger ones come from the system, page by page
+ENOUGH = 100  # samples at a time, below which products with large layers lose more than that costs (measured)
 
 
 @dataclass(frozen=True)
@@ -221,5 +222,5 @@ def _within_memory(problem: Problem, few: Tensor, room: float) -> Problem:
     own = sum(part.numel() * part.element_size() for part in tensors_of(batch[0]))
     sample = (problem.maker.recorder.weight(problem.measure, *batch) + own) / len(few) + 3 * max(*held, *full)
     footprint = Footprint(gradient, sum(held), max(held), light.width, sample, room)
-    chunk = max(1, min(settings.chunk, int(room / 2 / sample), int(QUICK / max(full))))
+    chunk = max(1, min(settings.chunk, int(room / 2 / sample), max(ENOUGH, int(QUICK / max(full)))))
     return dataclasses.replace(problem, settings=settings.changed({"chunk": chunk}), footprint=footprint)

@@ -37,13 +37,15 @@ class _Scoring:
         train = self.members[0][0].train
         last = int(chosen[-1]) == train.size - 1
         check = self.always or last or int(chosen[0]) // self.chunk % CHECK_EVERY == 0
-        raw, found = train.batch(chosen), []
-        for problem, solved in self.members:
+        raw = train.batch(chosen)
+
+        def scores(problem: Problem, solved: Sequence[Solved]) -> list[Tensor]:
             with problem.told("training", chosen):
                 gradients = problem.maker(*problem.fitted(*raw), check, self.always)
             gradients = gradients if all(one.reads_once for one in solved) else gradients.made()
-            found.append([one.scores(gradients).cpu() for one in solved])
-        return found, raw[1].cpu()
+            return [one.scores(gradients).cpu() for one in solved]
+
+        return [scores(*member) for member in self.members], raw[1].cpu()
 
 
 def score_training(members: Sequence[Member], always: bool = False) -> tuple[list[list[NDArray[Any]]], NDArray[Any]]:

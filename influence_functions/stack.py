@@ -120,6 +120,7 @@ class Gradients:
     def collect(parts: Iterable[Gradients], count: int) -> Gradients:
         """All of the `count` samples of `parts`, in order, each copied to its place as it comes: never held twice."""
         whole: list[Block] = []
+        places: tuple[tuple[slice, ...], ...] = ()
         start = 0
         for part in parts:
             if len(part) == count:
@@ -127,8 +128,9 @@ class Gradients:
             whole = whole or [block.with_room(count) for block in part.blocks]
             pairs = (_alike(pair) for pair in zip(whole, part.blocks, strict=True))
             whole = [mine.put(start, theirs) for mine, theirs in pairs]
-            start += len(part)
-        return Gradients(tuple(whole), part.places, start)
+            start, places = start + len(part), part.places
+            del part  # with what its layers were given, before the next one is made
+        return Gradients(tuple(whole), places, start)
 
 
 def _after(change: Callable[[Block], Block], make: Callable[[], Block]) -> Block:

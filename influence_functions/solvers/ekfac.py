@@ -52,10 +52,10 @@ class Ekfac(Prepared):
         found = [sheet for shapes in problem.maker.shapes() for sheet in sheets(shapes)]
         sides = [side * side for sheet in found for side in (sheet.rows, sheet.columns) if side <= LONGEST]
         largest = number * max(sheet.rows * sheet.columns for sheet in found)
-        fixed = number * (2 * sum(sides) + 3 * max(sides)) + (2 + 3 * CHECKED) * problem.size
-        written = 4 * min(largest, number * HELD // 16)  # of what is written out at a time
+        slices = 4 * number * HELD if 16 * largest > number * HELD else 0  # what is written out, where not all at once
+        fixed = number * (2 * sum(sides) + 3 * max(sides)) + (2 + 3 * CHECKED) * problem.size + slices
         test = problem.size + 2 * one.gradient + 5 * largest
-        return Cost(fixed, test, one.sample + written, number)
+        return Cost(fixed, test, one.sample + (0 if slices else 4 * largest), number)
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -89,6 +89,7 @@ class Ekfac(Prepared):
             for block, parts in zip(gradients.blocks, found):
                 for sheet, left, right in parts:
                     matrices(block, sheet).add_moments(left, right)
+            del gradients  # with what its layers were given, before the next ones are made
         return [[(sheet, Basis(Side.of(a, like), Side.of(b, like))) for sheet, a, b in parts] for parts in found]
 
     def _with_values(self, bases: list[list[tuple[Sheet, Basis]]]) -> list[Fitted]:
@@ -99,6 +100,7 @@ class Ekfac(Prepared):
             for block, parts in zip(gradients.blocks, found):
                 for (sheet, basis), total in parts:
                     total += matrices(block, sheet).turned(basis).squares()
+            del gradients
         return [Fitted(k, *one, total / count) for k, parts in enumerate(found) for one, total in parts]
 
     def solve(self, tests: Gradients, damping: float | None = None) -> Directions:

@@ -48,7 +48,9 @@ class EkfacKernel(Ekfac):
         left = SAMPLES
         for gradients in self._sampled(check=False):
             yield gradients.select(slice(left))
-            if (left := left - len(gradients)) <= 0:
+            left -= len(gradients)
+            del gradients  # with what its layers were given, before the next ones are made
+            if left <= 0:
                 return
 
     def factor(self, damping: float) -> tuple[Tensor, float]:
