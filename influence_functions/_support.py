@@ -186,6 +186,12 @@ def read_if_whole(path: Path, read: Callable[[Path], Answer]) -> Answer | None:
         return None
 
 
+def in_use(features: Tensor) -> Tensor | slice:
+    """Which columns of features (b, t, n) are ever other than zero; all, where that leaves out less than half."""
+    used = features.flatten(0, 1).any(0).nonzero()[:, 0]
+    return used if 2 * len(used) < features.shape[-1] else slice(None)
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of any type on any device."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

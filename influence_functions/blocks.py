@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._support import in_use
+
 HELD = 2**24  # numbers that an intermediate result may hold
 WRITTEN = 5  # multiplications that cost as much as one whose gradient must be written and read (measured)
 
@@ -188,8 +190,7 @@ class Pair(Factors):
         return self.deltas.shape[2] * (self.inputs.shape[2] + self.bias)
 
     def meet(self, a: Tensor, b: Tensor) -> Tensor:
-        inner = a @ b.mT
-        return inner.add_(1) if self.bias else inner
+        return (a @ b.mT).add_(1) if self.bias else a @ b.mT
 
     def dense(self) -> Tensor:
         weight = (self.deltas.mT @ self.inputs).flatten(1)
@@ -200,9 +201,8 @@ class Pair(Factors):
         (b, t, i), o, m = self.inputs.shape, self.deltas.shape[2], len(directions)
         if t * m > WRITTEN * (t + m):
             return torch.cat([directions @ self.select(part).dense().T for part in slices(b, self.size)], dim=1)
-        weight, inputs, found = directions[:, : o * i].reshape(m * o, i), self.inputs, []
-        if 2 * len(used := inputs.flatten(0, 1).any(0).nonzero()[:, 0]) < i:
-            weight, inputs = weight[:, used], inputs[..., used]
+        used, found = in_use(self.inputs), []
+        weight, inputs = directions[:, : o * i].reshape(m * o, i)[:, used], self.inputs[..., used]
         for part in slices(b, t * m * o):
             moved = (inputs[part].flatten(0, 1) @ weight.T).view(-1, t, m, o)
             if self.bias:

@@ -140,8 +140,11 @@ class GradientMaker:
         if check:
             wanted = one.sums({layer: self._parameters(layer) for layer in self.roads}, weights.detach())
             self.seen.add(way)
-        every = [name for layer in self.roads for name in self._parameters(layer)]
-        exact = cache(lambda: self._in_a_loop(every, inputs, targets))  # whoever needs one layer may need them all
+
+        @cache
+        def exact() -> dict[str, Tensor]:  # whoever needs one layer may need them all
+            every = [name for layer in self.roads for name in self._parameters(layer)]
+            return self._in_a_loop(every, inputs, targets)
 
         def block(layer: str) -> Block:
             try:

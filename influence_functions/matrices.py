@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._support import in_use
 from .blocks import Block, Lookup, Pair, slices
 from .kronecker import Basis, Sheet
 
@@ -106,9 +107,8 @@ class Outer(Matrices):
         return torch.cat([((deltas @ weights) * inputs).sum((1, 2)) for deltas, inputs in self.pairs()])
 
     def gram(self, weights: Tensor) -> Tensor:
-        total, roots, inputs = weights.new_zeros(len(self.deltas), len(self.deltas)), weights.sqrt(), self.inputs
-        if 2 * len(used := inputs.flatten(0, 1).any(0).nonzero()[:, 0]) < inputs.shape[2]:
-            roots, inputs = roots[:, used], inputs[..., used]
+        total, used = weights.new_zeros(len(self.deltas), len(self.deltas)), in_use(self.inputs)
+        roots, inputs = weights[:, used].sqrt(), self.inputs[..., used]
         for rows in slices(len(roots), inputs[:, 0].numel()):
             written = (self.deltas[:, :, rows].mT @ inputs) * roots[rows]
             total.addmm_(written.flatten(1), written.flatten(1).T)
@@ -148,10 +148,10 @@ def _add_moment(total: Tensor | None, side: Tensor, other: Tensor) -> None:
     if total is None:
         return
     mine, weighed = side.flatten(0, 1), ((other @ other.mT) @ side).flatten(0, 1)
-    if 2 * len(used := mine.any(0).nonzero()[:, 0]) < len(total):
-        total[used[:, None], used] += mine[:, used].T @ weighed[:, used]
-    else:
+    if isinstance(used := in_use(side), slice):
         total.addmm_(mine.T, weighed)
+    else:
+        total[used[:, None], used] += mine[:, used].T @ weighed[:, used]
 
 
 def matrices(block: Block, sheet: Sheet) -> Matrices:
