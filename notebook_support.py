@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import PIL.Image
+import pyarrow
 import torch
 import torch.nn.functional as F
 from cleanlab.rank import get_label_quality_scores
@@ -43,17 +44,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity
 from torchvision.models import DenseNet
 from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
@@ -127,13 +127,15 @@ DOWNLOAD_PATIENCE_S = 15.0
 class ImageData:
     """Labelled images held in memory once; a map-style data set of (normalised image, label).
 
-    `images`: (n, 3, 32, 32) uint8, `labels`: (n,) int64, in the order (and so with the indices) of torchvision.
+    `images`: (n, 3, h, w) uint8, `labels`: (n,) int64, in the order (and so with the indices) of torchvision.
+    `numbers`: (n,) int64, the index of each image in the whole data set, where this is a part of it; None: the same.
     """
 
     name: str
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    numbers: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -145,13 +147,28 @@ class ImageData:
         return f"{self.name}: {len(self):,} images {tuple(self.images.shape[1:])}, {len(self.class_names)} classes"
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, 32, 32) float32, normalised, and labels (b,) at `indices`."""
+        """Images (b, 3, h, w) float32, normalised, and labels (b,) at `indices`."""
         return normalise(self.images[indices]), self.labels[indices]
 
     def subset(self, indices: Indices) -> ImageData:
         """The same data restricted to `indices` (which then count from 0), in any of the ways of `as_indices`."""
         chosen = as_indices(indices, len(self), "image")
-        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        numbers = chosen if self.numbers is None else self.numbers[chosen]
+        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen], numbers=numbers)
+
+    def of_classes(self, classes: Sequence[int]) -> ImageData:
+        """The images of these classes only, labelled 0, 1, … in the order given; ValueError for an unknown class."""
+        check_labels(torch.tensor(classes), len(self.class_names))
+        if len({*classes}) != len(classes) or len(classes) < 2:
+            raise ValueError(f"labels must name at least two classes, each once, not {tuple(classes)}")
+        place = torch.full((len(self.class_names),), -1)
+        place[list(classes)] = torch.arange(len(classes))
+        part, names = self.subset(place[self.labels] >= 0), tuple(self.class_names[one] for one in classes)
+        return dataclasses.replace(part, labels=place[part.labels], class_names=names)
+
+    def number_of(self, index: int) -> int:
+        """Index in the whole data set, as torchvision counts, of image `index` of this part."""
+        return int(index if self.numbers is None else self.numbers[index])
 
     def with_labels(self, labels: Tensor) -> ImageData:
         """The same images under other `labels` (n,); ValueError when there are more or fewer, or an unknown class."""
@@ -177,23 +194,34 @@ def normalise(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
 
 
-def load_data(dataset: str = "auto", root: str | Path = "data") -> tuple[ImageData, ImageData]:
+def load_data(
+    dataset: str = "auto", root: str | Path = "data", labels: Sequence[int] | None = None
+) -> tuple[ImageData, ImageData]:
     """Train and test data: `root`, then the folder in CIFAR10_DIR, then a download, then (only "auto") the stand-in.
 
-    dataset: "auto", "cifar10" (an error instead of the stand-in) or "digits" (the stand-in itself).
-    Raises CorruptFileError when a data file is damaged, FileNotFoundError when "cifar10" cannot be had.
+    dataset: "auto", "cifar10" (an error instead of the stand-in), "digits" (the stand-in itself), or "tiny-imagenet":
+    200 classes of 64 × 64 images, from `root` or the folder in TINY_IMAGENET_DIR; its validation images are the test
+    data. labels: these classes only, which then count from 0 (see `ImageData.of_classes`).
+    Raises CorruptFileError when a data file is damaged, FileNotFoundError when the data cannot be had.
     """
-    if dataset not in {"auto", "cifar10", "digits"}:
-        raise ValueError(f"unknown dataset {dataset!r}: use 'auto', 'cifar10' or 'digits'")
+    if dataset not in {"auto", "cifar10", "digits", "tiny-imagenet"}:
+        raise ValueError(f"unknown dataset {dataset!r}: use 'auto', 'cifar10', 'digits' or 'tiny-imagenet'")
+    if dataset == "tiny-imagenet":
+        return _tiny_imagenet(Path(root), labels)
+    train, test = _cifar10_or_digits(dataset, Path(root))
+    return (train, test) if labels is None else (train.of_classes(labels), test.of_classes(labels))
+
+
+def _cifar10_or_digits(dataset: str, root: Path) -> tuple[ImageData, ImageData]:
     if dataset == "digits":
         return _digits()
-    folder = _find_cifar10(Path(root)) or _download_cifar10(Path(root))
+    folder = _find_cifar10(root) or _download_cifar10(root)
     if folder is not None:
         return _read_cifar10(folder, train=True), _read_cifar10(folder, train=False)
     if dataset == "cifar10":
         raise FileNotFoundError(
-            f"CIFAR-10 is neither in {Path(root)}/ nor in CIFAR10_DIR, and cannot be downloaded. Unpack "
-            f"cifar-10-python.tar.gz so that {Path(root) / CIFAR10.base_folder}/ holds its files, or set CIFAR10_DIR."
+            f"CIFAR-10 is neither in {root}/ nor in CIFAR10_DIR, and cannot be downloaded. Unpack "
+            f"cifar-10-python.tar.gz so that {root / CIFAR10.base_folder}/ holds its files, or set CIFAR10_DIR."
         )
     print(stand_in_banner())
     return _digits()
@@ -265,7 +293,87 @@ def _digits() -> tuple[ImageData, ImageData]:
     names = tuple(f"digit {number}" for number in range(10))
     data = ImageData("digits stand-in", large.contiguous(), torch.from_numpy(raw.target).long(), names)
     is_test = torch.arange(len(data)) % 5 == 0
-    return data.subset(torch.where(~is_test)[0]), data.subset(torch.where(is_test)[0])
+    train, test = (dataclasses.replace(data.subset(part), numbers=None) for part in (~is_test, is_test))
+    return train, test
+
+
+def _tiny_imagenet(root: Path, labels: Sequence[int] | None) -> tuple[ImageData, ImageData]:
+    """Tiny ImageNet in either layout; a class is numbered by its place among the sorted WordNet names, as by others."""
+    named = os.environ.get("TINY_IMAGENET_DIR")
+    for folder in (root / "tiny-imagenet-200", root / "tiny-imagenet", *([Path(named)] if named else [])):
+        if (folder / "wnids.txt").exists():
+            return _read_tiny_folder(folder, labels)
+        if files := sorted(folder.rglob("*.parquet")):
+            parts = [[file for file in files if file.name.startswith(part)] for part in ("train", "val")]
+            return _read_tiny_parquet(folder, parts[0], labels), _read_tiny_parquet(folder, parts[1], labels)
+    raise FileNotFoundError(
+        f"Tiny ImageNet is neither in {root}/ nor in TINY_IMAGENET_DIR. Download http://cs231n.stanford.edu/"
+        f"tiny-imagenet-200.zip (250 MB) and unpack it so that {root / 'tiny-imagenet-200'}/wnids.txt is there; or the "
+        f"parquet files of the data set zh-plus/tiny-imagenet at Hugging Face into {root / 'tiny-imagenet'}/; or set "
+        "TINY_IMAGENET_DIR to the folder that holds either."
+    )
+
+
+def _read_tiny_folder(folder: Path, labels: Sequence[int] | None) -> tuple[ImageData, ImageData]:
+    """The official layout: train/<name>/images/*.JPEG, in torchvision's order, and val/ with its list of names."""
+    try:
+        names = sorted((folder / "wnids.txt").read_text(encoding="utf-8").split())
+        listed = [line.split("\t") for line in (folder / "val/val_annotations.txt").read_text().splitlines()]
+        parts = [
+            ImageFolder(str(folder / "train")).samples,
+            [(str(folder / "val/images" / line[0]), names.index(line[1])) for line in listed],
+        ]
+    except (OSError, ValueError, IndexError) as error:
+        raise CorruptFileError(f"{folder} is not whole ({error}); unpack tiny-imagenet-200.zip again") from error
+    if (count := 1 + max(label for _, label in parts[0])) != len(names):
+        raise CorruptFileError(f"{folder}/train holds {count} classes and wnids.txt names {len(names)}; unpack again")
+    train, test = (_tiny_data(folder, names, part, labels) for part in parts)
+    return train, test
+
+
+def _read_tiny_parquet(folder: Path, files: Sequence[Path], labels: Sequence[int] | None) -> ImageData:
+    """The layout of Hugging Face: columns `image` (of which the bytes are a JPEG) and `label`."""
+    try:
+        table = pyarrow.concat_tables(parquet.read_table(file, columns=["image", "label"]) for file in files)
+        about = json.loads((table.schema.metadata or {})[b"huggingface"])
+        names = about["info"]["features"]["label"]["names"]
+        pixels = (row["bytes"] for row in table["image"].to_pylist())
+        rows = list(zip(pixels, table["label"].to_pylist()))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what pyarrow raises is a ValueError or an OSError
+        raise CorruptFileError(f"the parquet files in {folder} are not whole ({error!r}); download again") from error
+    return _tiny_data(folder, names, rows, labels)
+
+
+def _tiny_data(
+    folder: Path, names: Sequence[str], rows: Sequence[tuple[str | bytes, int]], labels: Sequence[int] | None
+) -> ImageData:
+    """Images of the chosen classes, decoded; rows: (file or the JPEG itself, class) of all images."""
+    chosen = list(range(len(names))) if labels is None else list(labels)
+    check_labels(torch.tensor(chosen), len(names))
+    numbers = [i for i, (_, label) in enumerate(rows) if label in {*chosen}]
+    images = torch.stack([_decoded(rows[i][0], f"image {i} of {folder}") for i in numbers])
+    given = torch.tensor([rows[i][1] for i in numbers])
+    data = ImageData("Tiny ImageNet", images, given, _in_words(folder, names), torch.tensor(numbers))
+    return data if labels is None else data.of_classes(chosen)
+
+
+def _decoded(jpeg: str | bytes, about: str) -> Tensor:
+    """(3, 64, 64) uint8; a few images of Tiny ImageNet are grey and get three equal channels."""
+    try:
+        image = PIL.Image.open(io.BytesIO(jpeg) if isinstance(jpeg, bytes) else jpeg).convert("RGB")
+    except OSError as error:
+        raise CorruptFileError(f"{about} cannot be read ({error}); restore it") from error
+    if image.size != (64, 64):
+        raise CorruptFileError(f"{about} is {image.size}, not 64 × 64 as in Tiny ImageNet; restore it")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _in_words(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The first word of words.txt for each WordNet name, or the name itself where there is no such file."""
+    file = folder / "words.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    words = {name: word.split(",")[0] for name, _, word in (line.partition("\t") for line in lines)}
+    return tuple(words.get(name, name) for name in names)
 
 
 def shuffled_batches(data: ImageData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -291,84 +399,6 @@ def batches_of(n: int, batch_size: int) -> int:
 
 CHANNELS = ("red", "green", "blue")
 LOOK_CHUNK = 5_000  # images (or pairs of images) held as floating-point numbers at a time
-
-
-@dataclass(frozen=True, eq=False)
-class ImageMoments:
-    """`means` and `deviations` (n, 3) float64: of the `pixels` pixels of each image and channel, on the scale 0..1."""
-
-    means: Tensor
-    deviations: Tensor
-    pixels: int
-
-    @property
-    def brightness(self) -> Tensor:
-        """(n,) mean over all pixels and channels of an image."""
-        return self.means.mean(1)
-
-    @property
-    def contrast(self) -> Tensor:
-        """(n,) how far the pixels of an image lie from the mean of their channel (root mean square)."""
-        return self.deviations.square().mean(1).sqrt()
-
-
-def image_moments(images: Tensor) -> ImageMoments:
-    """Mean and (population) standard deviation per image and channel of uint8 images (n, 3, 32, 32), in one pass."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(f"images must be uint8 (n, 3, h, w) with n ≥ 1, not {images.dtype} {tuple(images.shape)}")
-    parts = [
-        torch.std_mean(chunk.flatten(2).double().div_(255), dim=2, correction=0) for chunk in images.split(LOOK_CHUNK)
-    ]
-    deviations, means = (torch.cat(column) for column in zip(*parts))
-    return ImageMoments(means, deviations, images[0, 0].numel())
-
-
-def channel_statistics(moments: ImageMoments) -> pd.DataFrame:
-    """One row a channel, on the scale 0..1: mean and standard deviation over all pixels of all images, and their parts.
-
-    variance of all pixels = mean variance within an image + variance of the image means (law of total variance), so
-    the widely copied mean of per-image deviations is the smaller number. That one divides by pixels − 1, as its
-    source, torch.std, does.
-    """
-    unbiased = math.sqrt(moments.pixels / max(moments.pixels - 1, 1))
-    within, between = moments.deviations.square().mean(0), moments.means.var(0, correction=0)
-    columns = {
-        "mean": moments.means.mean(0),
-        "deviation of all pixels": (within + between).sqrt(),
-        "mean of per-image deviations": moments.deviations.mean(0) * unbiased,
-        "deviation of image means": between.sqrt(),
-    }
-    return pd.DataFrame({name: values.numpy() for name, values in columns.items()}, index=list(CHANNELS))
-
-
-def channel_histograms(images: Tensor, groups: Tensor, bins: int = 256) -> Tensor:
-    """How often each value occurs per group and channel: (number of groups, 3, bins) int64, in one pass.
-
-    images (n, 3, h, w) uint8; groups (n,) whole numbers from 0: the labels, or one number for each image. bins: 256 or
-    a smaller power of two, equally wide.
-    """
-    if bins not in {2**power for power in range(1, 9)}:
-        raise ValueError(f"bins must be a power of two from 2 to 256, not {bins}")
-    if len(groups) != len(images) or not len(groups) or int(groups.min()) < 0:
-        raise ValueError(f"groups must hold one whole number ≥ 0 for each of the {len(images)} images")
-    size = 3 * bins * (int(groups.max()) + 1)
-    counts = torch.zeros(size, dtype=torch.int64)
-    for chunk, group in zip(images.split(LOOK_CHUNK), groups.split(LOOK_CHUNK)):
-        offset = (group[:, None] * 3 + torch.arange(3)) * bins  # (b, 3): where the counts of each image begin
-        place = chunk.flatten(2).div(256 // bins, rounding_mode="floor") + offset[..., None].int()
-        counts += torch.bincount(place.flatten(), minlength=size)
-    return counts.view(-1, 3, bins)
-
-
-def class_means(data: ImageData) -> Tensor:
-    """The mean image of each class: (classes, 3, 32, 32) float32, 0..255; a class without images is an error."""
-    counts = torch.bincount(data.labels, minlength=len(data.class_names))
-    if not counts.all():
-        raise ValueError(f"no image is labelled {data.class_names[int(counts.argmin())]!r}, so it has no mean image")
-    sums = torch.zeros(len(counts), data.images[0].numel(), dtype=torch.float64)
-    for chunk, labels in zip(data.images.split(LOOK_CHUNK), data.labels.split(LOOK_CHUNK)):
-        sums.index_add_(0, labels, chunk.flatten(1).double())
-    return (sums / counts[:, None]).float().view(-1, *data.images.shape[1:])
 
 
 def colour_features(data: ImageData, classes: Sequence[int], per_class: int) -> tuple[Tensor, Tensor]:
@@ -461,14 +491,6 @@ def near_duplicates(train: ImageData, test: ImageData, threshold: float = 0.85) 
     return pairs.sort_values(order, ascending=[True, False] + [True] * 4, ignore_index=True)[columns]
 
 
-def duplicate_groups(pairs: pd.DataFrame, train: ImageData, test: ImageData) -> NDArray[Any]:
-    """A number for each image, train first, then test: (n + m,); equal for images that a chain of `pairs` connects."""
-    size = len(train) + len(test)
-    ends = [pairs[f"index_{side}"] + len(train) * (pairs[f"set_{side}"] == "test") for side in "ab"]
-    links = coo_array((np.ones(len(pairs)), (ends[0].to_numpy(), ends[1].to_numpy())), shape=(size, size))
-    return connected_components(links, directed=False)[1]
-
-
 def _pixel_rmse(images: Tensor, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
     """Root mean squared difference, in levels 0..255, of the images at `first` and at `second`."""
     parts = zip(torch.from_numpy(first).split(LOOK_CHUNK), torch.from_numpy(second).split(LOOK_CHUNK))
@@ -518,17 +540,17 @@ class Residual(nn.Module):
         return F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))) + around)
 
 
-def resnet(depth: int) -> nn.Module:
+def resnet(depth: int, classes: int = 10) -> nn.Module:
     """The residual network for CIFAR-10 of 6k + 2 layers (He et al. 2016, arXiv:1512.03385, section 4.2).
 
-    Images (b, 3, 32, 32) → logits (b, 10); p is 75,290 for a depth of 8, 269,722 for 20, 1,727,962 for 110.
+    Images (b, 3, 32, 32) → logits (b, classes); p is 75,290 for a depth of 8, 269,722 for 20, 1,727,962 for 110.
     """
     k, odd = divmod(depth - 2, 6)
     if k < 1 or odd:
         raise ValueError(f"depth must be 8, 14, 20 and so on, not {depth}")
     sizes = [(16, 16, 1)] * k + [(16, 32, 2)] + [(32, 32, 1)] * (k - 1) + [(32, 64, 2)] + [(64, 64, 1)] * (k - 1)
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
     return nn.Sequential(*stem, *(Residual(*size) for size in sizes), *head).to(memory_format=torch.channels_last)
 
 
@@ -1328,7 +1350,7 @@ def plot_influential(
     grid = figure.add_gridspec(2, k + 1, width_ratios=[1.7] + [1] * k)
     index = int(influences.test_indices[i])
     left = show_image(figure.add_subplot(grid[:, 0]), test.images[index])
-    left.set_title(f"test image {index}\nlabel: {test.class_of(index)}\nmodel: {says}", fontsize=8)
+    left.set_title(f"test image {test.number_of(index)}\nlabel: {test.class_of(index)}\nmodel: {says}", fontsize=8)
     rows = (
         ("helpful", influences.helpful(i, k), HELPFUL_COLOUR),
         ("harmful", influences.harmful(i, k), HARMFUL_COLOUR),
@@ -1338,7 +1360,7 @@ def plot_influential(
     for row, (kind, chosen, colour) in enumerate(rows):
         found = None if counts is None else found_by(counts, index, kind)
         for column, j in enumerate(chosen):
-            title = f"{signed(influences.scores[i, j], decimals)}\n{train.class_of(j)}\n#{j}"
+            title = f"{signed(influences.scores[i, j], decimals)}\n{train.class_of(j)}\n#{train.number_of(j)}"
             ax = show_image(figure.add_subplot(grid[row, column + 1]), train.images[j], title, colour)
             if counts is not None and found is not None:
                 _show_stability(ax, found.get(int(j), 0), int(counts["models"].iloc[0]), colour)
@@ -1366,7 +1388,7 @@ def plot_image_row(
     figure, axes = plt.subplots(1, len(indices), figsize=(2.2 * len(indices), 2.9), squeeze=False)
     for ax, index, title in zip(axes[0], indices, titles):
         show_image(ax, data.images[int(index)])
-        ax.set_title(f"{title}\n{data.class_of(int(index))} #{index}", color=colour, fontsize=10)
+        ax.set_title(f"{title}\n{data.class_of(int(index))} #{data.number_of(int(index))}", color=colour, fontsize=10)
     return figure
 
 
@@ -1387,32 +1409,6 @@ def plot_image_grid(
     for ax, name in zip(axes[:, 0], row_names):
         ax.text(-0.12, 0.5, name, ha="right", va="center", transform=ax.transAxes)
     return figure
-
-
-def plot_pairs(train: ImageData, test: ImageData, pairs: pd.DataFrame, columns: int = 4) -> Figure:
-    """Pairs of `near_duplicates` side by side, each image with set, index and label; labels that differ in purple."""
-    rows = max(1, math.ceil(len(pairs) / columns))
-    figure = plt.figure(figsize=(7, max(1.6, 1.4 * rows)))
-    grid = figure.add_gridspec(rows, 3 * columns - 1, width_ratios=([1, 1, 0.12] * columns)[:-1])
-    for place, pair in enumerate(pairs.itertuples()):
-        row, column = divmod(place, columns)
-        colour = "black" if pair.label_a == pair.label_b else "#AA3377"
-        for side in (0, 1):
-            part, index, label = (getattr(pair, f"{name}_{'ab'[side]}") for name in ("set", "index", "label"))
-            ax = figure.add_subplot(grid[row, 3 * column + side])
-            show_image(ax, (train if part == "train" else test).images[index], f"{part}\n#{index}\n{label}", colour)
-    if pairs.empty:
-        figure.text(0.5, 0.5, "no such pair in this data", ha="center", va="center")
-    return figure
-
-
-def plot_channel_histogram(ax: Axes, counts: Tensor) -> Axes:
-    """Share of the pixels (in per cent) at each value 0..255, red, green and blue, from `counts` (3, 256)."""
-    share = 100 * counts / counts.sum(1, keepdim=True)
-    for values, name, colour in zip(share, CHANNELS, ("#CC3311", "#228833", "#3344BB")):
-        ax.plot(np.arange(256), values, color=colour, linewidth=1, label=name)
-    ax.set(xlim=(-3, 258), ylim=(0, None), xticks=(0, 128, 255))
-    return ax
 
 
 def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS], label: str, colour: str) -> Axes:

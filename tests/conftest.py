@@ -1,7 +1,11 @@
 """Small exact problems that every test can compute by hand, and the real data where it is at hand."""
 
+import ast
+import json
 import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,3 +50,15 @@ def cifar() -> tuple[ns.ImageData, ns.ImageData]:
     if folder is None:
         pytest.skip("CIFAR-10 is neither in data/ nor in CIFAR10_DIR")
     return ns._read_cifar10(folder, train=True), ns._read_cifar10(folder, train=False)
+
+
+def of_notebook(name: str) -> SimpleNamespace:
+    """The imports, functions and classes of a notebook, without running anything else of it."""
+    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    tree = ast.Module([node for node in ast.parse(text).body if isinstance(node, kept)], [])
+    module = types.ModuleType(Path(name).stem)
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(tree, name, "exec"), module.__dict__)
+    return SimpleNamespace(**module.__dict__)

@@ -5,9 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import of_notebook
 from torch import Tensor
 
 import notebook_support as ns
+
+EDA = of_notebook("EDA.ipynb")
 
 
 def flat(*values: int) -> Tensor:
@@ -40,7 +43,7 @@ def data(images: Tensor, labels: list[int] | None = None) -> ns.ImageData:
 def test_moments_brightness_and_contrast_by_hand():
     images = torch.cat([flat(51), halves(0, 255)])
     images[1, 2] = 0  # no blue
-    moments = ns.image_moments(images)
+    moments = EDA.image_moments(images)
     assert moments.means[0].tolist() == pytest.approx([0.2] * 3)
     assert moments.means[1].tolist() == pytest.approx([0.5, 0.5, 0])
     assert moments.deviations.tolist() == [[0, 0, 0], [0.5, 0.5, 0]]
@@ -50,7 +53,7 @@ def test_moments_brightness_and_contrast_by_hand():
 
 def test_the_deviation_of_all_pixels_is_not_the_mean_of_the_deviations():
     images = torch.cat([flat(0), halves(0, 255)])  # 3/4 of the pixels are black
-    table = ns.channel_statistics(ns.image_moments(images))
+    table = EDA.channel_statistics(EDA.image_moments(images))
     assert table.index.tolist() == ["red", "green", "blue"]
     assert table["mean"].tolist() == pytest.approx([0.25] * 3)
     assert table["deviation of all pixels"].tolist() == pytest.approx([np.sqrt(3 / 16)] * 3)
@@ -61,7 +64,7 @@ def test_the_deviation_of_all_pixels_is_not_the_mean_of_the_deviations():
 def test_statistics_of_many_chunks_equal_those_of_all_pixels_at_once(monkeypatch):
     monkeypatch.setattr(ns, "LOOK_CHUNK", 7)
     images = scenes(30)
-    table = ns.channel_statistics(ns.image_moments(images))
+    table = EDA.channel_statistics(EDA.image_moments(images))
     pixels = images.double() / 255
     assert table["mean of per-image deviations"].tolist() == pytest.approx(pixels.std((2, 3)).mean(0).tolist())
     assert table["mean"].tolist() == pytest.approx(pixels.mean((0, 2, 3)).tolist())
@@ -69,7 +72,7 @@ def test_statistics_of_many_chunks_equal_those_of_all_pixels_at_once(monkeypatch
 
 
 def test_the_known_statistics_of_cifar10(cifar):
-    table = ns.channel_statistics(ns.image_moments(cifar[0].images))
+    table = EDA.channel_statistics(EDA.image_moments(cifar[0].images))
     assert np.allclose(table["mean"], [0.4914, 0.4822, 0.4465], atol=5e-5)
     assert np.allclose(table["deviation of all pixels"], [0.2470, 0.2435, 0.2616], atol=5e-5)
     assert np.allclose(table["mean of per-image deviations"], [0.2023, 0.1994, 0.2010], atol=5e-5)
@@ -79,20 +82,20 @@ def test_histograms_count_every_pixel_in_its_group_and_channel(monkeypatch):
     monkeypatch.setattr(ns, "LOOK_CHUNK", 2)
     images = torch.cat([flat(7), halves(0, 255), flat(7)])
     images[2, 1] = 200
-    counts = ns.channel_histograms(images, torch.tensor([2, 0, 2]))
+    counts = EDA.channel_histograms(images, torch.tensor([2, 0, 2]))
     assert counts.shape == (3, 3, 256)
     assert counts.sum((1, 2)).tolist() == [3 * 1024, 0, 6 * 1024]
     assert counts[0, :, [0, 255]].tolist() == [[512, 512]] * 3
     assert counts[2, :, 7].tolist() == [2048, 1024, 2048]
     assert counts[2, 1, 200] == 1024
-    wide = ns.channel_histograms(images, torch.tensor([2, 0, 2]), bins=4)
+    wide = EDA.channel_histograms(images, torch.tensor([2, 0, 2]), bins=4)
     assert wide[2].tolist() == [[2048, 0, 0, 0], [1024, 0, 0, 1024], [2048, 0, 0, 0]]
 
 
 def test_class_means_by_hand(monkeypatch):
     monkeypatch.setattr(ns, "LOOK_CHUNK", 2)
     two = ns.ImageData("test", torch.cat([flat(0, 100, 200), halves(0, 50)]), torch.tensor([0, 1, 1, 0]), ("a", "b"))
-    means = ns.class_means(two)
+    means = EDA.class_means(two)
     assert means.shape == (2, 3, 32, 32)
     assert (means[1] == 150).all()
     assert (means[0, :, :, :16] == 0).all()
@@ -158,7 +161,7 @@ def test_no_duplicate_gives_an_empty_table_with_all_columns():
     assert found.columns.tolist() == [
         "set_a", "index_a", "label_a", "set_b", "index_b", "label_b", "correlation", "pixel_rmse", "exact",
     ]  # fmt: skip
-    assert len(ns.plot_pairs(data(scenes(2)), data(scenes(2)), found).texts) == 1
+    assert len(EDA.plot_pairs(data(scenes(2)), data(scenes(2)), found).texts) == 1
 
 
 def test_equal_hashes_of_different_images_are_no_copies(monkeypatch):
@@ -177,13 +180,13 @@ def test_equal_hashes_of_different_images_are_no_copies(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ns.image_moments(torch.rand(2, 3, 32, 32)), r"images must be uint8 .* not torch.float32 \(2, 3"),
-        (lambda: ns.image_moments(flat(1)[0]), r"images must be uint8 \(n, 3, h, w\)"),
-        (lambda: ns.image_moments(flat(1)[:0]), "with n ≥ 1"),
-        (lambda: ns.channel_histograms(flat(1), torch.tensor([0]), bins=10), "power of two from 2 to 256, not 10"),
-        (lambda: ns.channel_histograms(flat(1, 2), torch.tensor([0])), "for each of the 2 images"),
-        (lambda: ns.channel_histograms(flat(1), torch.tensor([-1])), "whole number ≥ 0"),
-        (lambda: ns.class_means(data(flat(1, 2), [0, 2])), "no image is labelled 'automobile'"),
+        (lambda: EDA.image_moments(torch.rand(2, 3, 32, 32)), r"images must be uint8 .* not torch.float32 \(2, 3"),
+        (lambda: EDA.image_moments(flat(1)[0]), r"images must be uint8 \(n, 3, h, w\)"),
+        (lambda: EDA.image_moments(flat(1)[:0]), "n ≥ 1"),
+        (lambda: EDA.channel_histograms(flat(1), torch.tensor([0]), bins=10), "power of two from 2 to 256, not 10"),
+        (lambda: EDA.channel_histograms(flat(1, 2), torch.tensor([0])), "for each of the 2 images"),
+        (lambda: EDA.channel_histograms(flat(1), torch.tensor([-1])), "whole number ≥ 0"),
+        (lambda: EDA.class_means(data(flat(1, 2), [0, 2])), "no image is labelled 'automobile'"),
         (lambda: ns.near_duplicates(data(flat(1)), data(flat(2)), 0.2), "correlation from 0.5 to 1, not 0.2"),
         (lambda: ns.near_duplicates(data(flat(1)), data(flat(2)), float("nan")), "not nan"),
     ],
@@ -202,14 +205,14 @@ def test_grid_and_pairs_show_the_right_images():
     assert shown[4] is None
     assert (shown[5] == train.images[5].permute(1, 2, 0).numpy()).all()
     test.images[3] = train.images[2]
-    figure = ns.plot_pairs(train, test, ns.near_duplicates(train, test))
+    figure = EDA.plot_pairs(train, test, ns.near_duplicates(train, test))
     assert [ax.get_title() for ax in figure.axes] == ["train\n#2\nbird", "test\n#3\ncat"]
     assert all((ax.images[0].get_array() == train.images[2].permute(1, 2, 0).numpy()).all() for ax in figure.axes)
 
 
 def test_histogram_lines_are_shares_in_per_cent():
     figure = ns.plt.figure()
-    ax = ns.plot_channel_histogram(figure.add_subplot(), ns.channel_histograms(halves(0, 255), torch.tensor([0]))[0])
+    ax = EDA.plot_channel_histogram(figure.add_subplot(), EDA.channel_histograms(halves(0, 255), torch.tensor([0]))[0])
     assert [line.get_ydata()[[0, 1, 255]].tolist() for line in ax.lines] == [[50, 0, 50]] * 3
 
 
@@ -232,11 +235,11 @@ def test_groups_follow_chains_of_pairs_across_the_sets():
     pairs = ns.pd.DataFrame(
         {"set_a": ["train", "train"], "index_a": [0, 3], "set_b": ["train", "test"], "index_b": [3, 1]}
     )
-    group = ns.duplicate_groups(pairs, train, test)
+    group = EDA.duplicate_groups(pairs, train, test)
     assert group.shape == (8,)
     assert group[0] == group[3] == group[6]
     assert len(set(group.tolist())) == 6
-    assert len(set(ns.duplicate_groups(pairs.head(0), train, test).tolist())) == 8
+    assert len(set(EDA.duplicate_groups(pairs.head(0), train, test).tolist())) == 8
 
 
 def test_colour_features_are_means_deviations_and_a_constant_of_the_first_images_of_each_class():

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import spearmanr
 
 import notebook_support as ns
-from influence_functions import Influences
-from influence_functions.exact import leave_one_out, removal_effect
+from influence_functions import Influences, compute_influences
+from influence_functions.exact import fit_softmax_regression, leave_one_out, removal_effect, removal_effects
 from influence_functions.metrics import count_top_images, found_by, linear_datamodeling_score, noise_ceiling
 
 CONFIG = ns.TrainConfig(epochs=1, batch_size=32, peak_lr=0.02)
@@ -139,6 +139,35 @@ def test_leave_one_out_equals_refitting_from_scratch():
     assert found.shape == (3, 7)
     expected = [removal_effect((features, labels), test, 0.01, [index]) for index in (3, 50, 199)]
     np.testing.assert_allclose(found.mean(1), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_groups_left_out_equal_refitting_from_scratch(classes):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    labels = (features[:, :classes] + torch.randn(200, classes, generator=generator)).argmax(1)
+    test = torch.randn(7, 6, generator=generator, dtype=torch.float64), torch.arange(7) % classes
+    groups = [[3], range(20), range(50, 150)]
+    found = removal_effects((features, labels), test, 0.01, groups)
+    assert found.shape == (3, 7)
+    expected = [removal_effect((features, labels), test, 0.01, group) for group in groups]
+    np.testing.assert_allclose(found.mean(1), expected, atol=1e-6)
+    np.testing.assert_array_equal(found[:1], leave_one_out((features, labels), test, 0.01, [3]))
+
+
+def test_of_two_classes_the_fit_is_the_minimum_and_influence_foretells_the_refits():
+    generator = torch.Generator().manual_seed(0)
+    features, l2 = torch.randn(300, 4, generator=generator, dtype=torch.float64), 0.02
+    labels = (features[:, 0] + torch.randn(300, generator=generator) > 0).long()
+    fit = fit_softmax_regression(features, labels, l2)
+    objective = torch.nn.functional.cross_entropy(fit(features), labels) + l2 / 2 * fit.weight.square().sum()
+    slope = torch.autograd.grad(objective, fit.weight)[0]
+    assert slope.abs().max() < 1e-8
+    data = (features, labels)
+    scores = compute_influences(fit, data, data, solver="cg", measure="loss", damping=l2, tolerance=1e-10).scores
+    change = leave_one_out(data, data, l2, range(300))
+    assert np.corrcoef(scores.T.ravel(), change.ravel())[0, 1] > 0.999
+    assert np.polyfit(change.ravel(), scores.T.ravel(), 1)[0] == pytest.approx(1, abs=0.05)
 
 
 # ── what is trained ─────────────────────────────────────────────────────────────────────────────────────────────────
