@@ -8,6 +8,7 @@ It is stated here once, holds everywhere in the package, and is guarded by a tes
     compute_influences   (m, n) scores of every training sample on m test samples
     mean_influences      (n,) its mean over a whole test set         self_influences   (k,) of samples on themselves
     sweep_damping        the same scores at several dampings, for the price of little more than one
+    pixel_influences     (m, k, *shape): which pixels of k training samples help, when changed, and which harm
     noisy_copies         a finished model and its neighbours, to average over where a training has left no checkpoints
     InfluenceSettings    how: solver, measure, damping, …            Influences, Health   what came out, and how well
 
@@ -33,6 +34,7 @@ from .data import Source
 from .ensemble import noisy_copies
 from .layers import layer_rule
 from .measures import MEASURES, Measure, tokens_measure
+from .pixels import pixel_influences
 from .results import Influences
 from .scores import compute_influences, mean_influences, self_influences, sweep_damping
 from .settings import InfluenceSettings
@@ -54,6 +56,7 @@ __all__ = [
     "mean_influences",
     "noisy_copies",
     "pick_device",
+    "pixel_influences",
     "self_influences",
     "solver",
     "sweep_damping",

@@ -23,7 +23,7 @@ from .solvers import Health, prepare
 Models = nn.Module | Sequence[nn.Module]
 
 
-def _models(model: Models) -> list[nn.Module]:
+def models_of(model: Models) -> list[nn.Module]:
     """The models to average over."""
     found = [model] if isinstance(model, nn.Module) else list(model)
     if not found or not all(isinstance(one, nn.Module) for one in found):
@@ -31,7 +31,8 @@ def _models(model: Models) -> list[nn.Module]:
     return found
 
 
-def _settings(settings: InfluenceSettings | None, changes: Mapping[str, Any]) -> InfluenceSettings:
+def settings_of(settings: InfluenceSettings | None, changes: Mapping[str, Any]) -> InfluenceSettings:
+    """The settings given, or the default ones, with `changes`."""
     if settings is not None and not isinstance(settings, InfluenceSettings):
         raise ValueError(f"settings must be InfluenceSettings(…), not {type(settings).__name__}; or name single ones")
     return (settings or InfluenceSettings()).changed(changes)
@@ -70,9 +71,9 @@ def compute_influences(
     >>> found.scores.shape, found.health.solver, len(found.helpful(0, k=5))
     ((2, 60), 'kernel', 5)
     """
-    chosen, source = _settings(settings, changes), as_source(test, "test")
+    chosen, source = settings_of(settings, changes), as_source(test, "test")
     indices = _indices(test_indices, source, "test")
-    return influences(_models(model), train, source, indices, chosen, [1.0])[0]
+    return influences(models_of(model), train, source, indices, chosen, [1.0])[0]
 
 
 @plain_torch()
@@ -97,8 +98,8 @@ def sweep_damping(
     if not wanted or not min(wanted) > 0:
         raise ValueError(f"factors must be positive multiples of the damping, at least one, not {wanted}")
     source = as_source(test, "test")
-    chosen = _settings(settings, changes)
-    return dict(zip(wanted, influences(_models(model), train, source, torch.arange(source.size), chosen, wanted)))
+    chosen = settings_of(settings, changes)
+    return dict(zip(wanted, influences(models_of(model), train, source, torch.arange(source.size), chosen, wanted)))
 
 
 @plain_torch()
@@ -114,8 +115,8 @@ def mean_influences(
     >>> mean_influences(nn.Linear(4, 3), (points, classes), (points, classes)).shape
     (60,)
     """
-    chosen, source = _settings(settings, changes), as_source(test, "test")
-    data, models = as_source(train, "train"), _models(model)
+    chosen, source = settings_of(settings, changes), as_source(test, "test")
+    data, models = as_source(train, "train"), models_of(model)
     shared, _ = shares(models, chosen, data.size, 1)
     members = [_solved_for_the_mean(one, data, source, shared) for one in models]
     return average([of_member[0] for of_member in score_training(members)[0]], chosen.average)[0]
@@ -130,7 +131,7 @@ def _solved_for_the_mean(model: nn.Module, train: Source, test: Source, settings
         gradients = problem.gradients(test, chosen)[0]
         total = total.to(problem.like) + gradients.weighted(problem.like.new_ones(1, len(gradients)))
     solved = prepared.solve(gradients.like(total / test.size))
-    _warn_unless_converged(solved.health)
+    warn_unless_converged(solved.health)
     return problem, [solved]
 
 
@@ -148,8 +149,8 @@ def self_influences(
     >>> bool((self_influences(nn.Linear(4, 3), (points, classes)) >= 0).all())
     True
     """
-    chosen = _settings(settings, changes)
-    return np.mean([np.concatenate([*_own(one, train, indices, chosen)]) for one in _models(model)], axis=0)
+    chosen = settings_of(settings, changes)
+    return np.mean([np.concatenate([*_own(one, train, indices, chosen)]) for one in models_of(model)], axis=0)
 
 
 def _own(model: nn.Module, train: Any, indices: Indices | None, settings: InfluenceSettings) -> Iterator[NDArray[Any]]:
@@ -159,11 +160,11 @@ def _own(model: nn.Module, train: Any, indices: Indices | None, settings: Influe
     prepared = prepare(problem, min(len(chosen), problem.settings.chunk))
     for part in chosen.split(prepared.plan.tests):
         own, health = prepared.own(problem.gradients(problem.train, part, "training")[0])
-        _warn_unless_converged(health)
+        warn_unless_converged(health)
         yield (own / problem.train.size).cpu().numpy()
 
 
-def _warn_unless_converged(health: Health) -> None:
+def warn_unless_converged(health: Health) -> None:
     """For calls that return no health."""
     if not health.converged:
         warnings.warn(

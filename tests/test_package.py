@@ -29,7 +29,7 @@ FROM_THE_GROUND_UP = (
     "_support", "measures", "blocks", "kronecker", "matrices", "stack", "layers", "data", "settings", "private",
     "ensemble", "hooks", "gradients", "verify", "problem", "curvature", "solvers.base", "solvers.kernel", "solvers.cg",
     "solvers.lissa", "solvers.identity", "solvers.ekfac", "solvers.ekfac_kernel", "solvers.plan", "solvers", "scoring",
-    "results", "members", "scores", "metrics", "exact", "compat.config", "compat.log", "compat.checks",
+    "results", "members", "scores", "pixels", "metrics", "exact", "compat.config", "compat.log", "compat.checks",
     "compat.original", "compat.files", "compat.kept", "compat.run", "compat", "",
 )  # fmt: skip
 MODULES = {
