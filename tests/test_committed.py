@@ -177,6 +177,19 @@ def test_the_numbers_of_the_readme_come_from_the_results():
         assert text in readme, text
 
 
+def test_what_readme_says_of_the_chapters_comes_from_the_results():
+    readme, tuned = (ROOT / "README.md").read_text(encoding="utf-8"), results()["finetuning"]
+    flips = results()["stress_test"]["flipped"]
+    most = {(row["left out"], row["share"]): row["actual ÷ foretold"] for row in tuned["groups"]}
+    for text in (
+        f"Pearson {tuned['pearson']['cg']['all pairs']:.4f} over 300 refits",
+        f"the loss rises {most['most helpful', 0.1]:.1f} times as much as foretold",
+        "flip {:.0%} of 60 chosen test images".format(flips["pixels, by influence, 10"]),
+        "at random {:.0%}.".format(flips["pixels, at random, 10"]),
+    ):
+        assert text in readme, text
+
+
 def test_the_figures_of_speed_come_from_the_results():
     page = (ROOT / "docs/running.md").read_text(encoding="utf-8")
     speed, sizes = results()["speed"], (12_500, 25_000, 50_000)
@@ -210,7 +223,10 @@ def test_no_cifar_file_cache_or_environment_is_committed():
     assert not [
         name for name in listed if re.search(r"batch|\.venv|__pycache__|\.pyc$|checkpoints|^build/|cifar.*tar", name)
     ]
-    limits = {"data/net.safetensors": 2_000_000}  # five checkpoints and the finished model
+    limits = {
+        "data/net.safetensors": 2_000_000,  # five checkpoints and the finished model
+        "data/resnet-20-eight-classes.safetensors": 2_000_000,  # two of them, and the finished model
+    }
     files = [name for name in listed if (ROOT / name).exists()]
     assert all((ROOT / name).stat().st_size < limits.get(name, 1_000_000) for name in files)
 
