@@ -128,7 +128,7 @@ class ImageData:
     """Labelled images held in memory once; a map-style data set of (normalised image, label).
 
     `images`: (n, 3, h, w) uint8, `labels`: (n,) int64, in the order (and so with the indices) of torchvision.
-    `numbers`: (n,) int64, the index of each image in the whole data set, where this is a part of it; None: the same.
+    `numbers`: (n,) int64, the index of each in the whole data set; None: the same, as in a copy with more images.
     """
 
     name: str
@@ -136,6 +136,10 @@ class ImageData:
     labels: Tensor
     class_names: tuple[str, ...]
     numbers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.numbers is not None and len(self.numbers) != len(self.labels):
+            object.__setattr__(self, "numbers", None)
 
     def __len__(self) -> int:
         return len(self.labels)

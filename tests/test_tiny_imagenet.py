@@ -1,5 +1,6 @@
 """Tiny ImageNet by name, in both its layouts, and the chapter that fine-tunes on it: a small folder made like it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -182,6 +183,8 @@ def test_parts_of_any_data_know_where_they_come_from():
     again = train.subset([4, 2]).subset([1])
     assert again.number_of(0) == train.number_of(2)
     assert whole.subset([8, 9]).number_of(1) == 9
+    doubled = dataclasses.replace(train, images=torch.cat([train.images] * 2), labels=torch.cat([train.labels] * 2))
+    assert doubled.subset([len(train) + 1]).number_of(0) == len(train) + 1  # a data set of its own
 
 
 # ── the chapter, run the other way ──────────────────────────────────────────────────────────────────────────────────
