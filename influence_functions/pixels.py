@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._support import Indices, NonFiniteError, as_indices, plain_torch
-from .data import Source, as_source, call
+from .data import Inputs, Source, as_source, call
 from .problem import Problem, make_problem
 from .scores import Models, models_of, settings_of, warn_unless_converged
 from .settings import InfluenceSettings
@@ -35,20 +36,23 @@ def pixel_influences(
     negated as everything here. Unit: that of the measure, for one unit of the pixels as the model is given them; a grey
     level of an image that was divided by 255 is 1/255 of it.
     Arguments and errors as in `compute_influences`; the inputs must be one tensor of numbers with a point, since there
-    is no small change of a whole number. Of several models, the plain mean. Cost: beyond the solver's, a backward pass
-    through a backward pass for each pair of a test image and a chunk of training images.
+    is no small change of a whole number. limits=(low, high), beside the settings, says between what pixels lie: images
+    that are on another scale, or out of it, are then refused. Of several models, the plain mean. Cost: beyond the
+    solver's, a backward pass through a backward pass for each pair of a test image and a chunk of training images.
 
     >>> images, classes = torch.rand(60, 1, 4, 4), torch.arange(60) % 3
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
     >>> pixel_influences(model, (images, classes), (images, classes), [4, 5, 6], [0, 1], measure="loss").shape
     (2, 3, 1, 4, 4)
     """
+    limits = changes.pop("limits", (-math.inf, math.inf))
     chosen, source, data = settings_of(settings, changes), as_source(test, "test"), as_source(train, "train")
     tests = as_indices(test_indices, source.size, "test")
     trains = as_indices(train_indices, data.size, "training")
     if not len(trains):
         raise ValueError("no training image chosen: the indices are empty")
-    _check_pixels(data, trains)
+    for part in trains.split(chosen.chunk):
+        _check_pixels(data.batch(part)[0], *limits)
     found = [_of_one(problem, source, tests, trains) for problem in _problems(model, data, chosen)]
     result = torch.stack(found).mean(0)
     if not torch.isfinite(result).all():
@@ -60,14 +64,18 @@ def _problems(model: Models, data: Source, settings: InfluenceSettings) -> Itera
     return (make_problem(one, data, settings) for one in models_of(model))
 
 
-def _check_pixels(data: Source, trains: Tensor) -> None:
-    inputs = data.batch(trains[:1])[0]
+def _check_pixels(inputs: Inputs, low: float, high: float) -> None:
     if not isinstance(inputs, Tensor):
         raise ValueError("pixel influences need one tensor of images as inputs, not a tuple or dict of them")
     if not inputs.is_floating_point():
         raise ValueError(
             f"the images are whole numbers ({inputs.dtype}), of which there is no small change; pass them as the model "
             "is given them, as images.float() / 255"
+        )
+    if not bool(((inputs >= low) & (inputs <= high)).all()):
+        raise ValueError(
+            f"pixels must lie in {low}..{high}; found {float(inputs.min())}..{float(inputs.max())}: pass the images as "
+            "the model is given them, or other limits"
         )
 
 

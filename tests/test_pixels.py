@@ -208,3 +208,15 @@ def test_an_image_that_the_loss_does_not_see_has_none():
 def test_bad_input_is_refused(blobs, mlp, train, trains, tests, message):
     with pytest.raises(ValueError, match=message):
         pixel_influences(mlp, train(*blobs), blobs, trains, tests)
+
+
+def test_pixels_outside_their_range_are_refused(blobs, mlp):
+    low, high = float(blobs[0].min()), float(blobs[0].max())
+    within = pixel_influences(mlp, blobs, blobs, [0, 1], [0], limits=(low, high))
+    np.testing.assert_array_equal(within, pixel_influences(mlp, blobs, blobs, [0, 1], [0]))
+    with pytest.raises(ValueError, match=r"pixels must lie in 0\.\.1; found -.*as the model is given them"):
+        pixel_influences(mlp, blobs, blobs, range(40), [0], limits=(0, 1))
+    spoilt = blobs[0].clone()
+    spoilt[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="found nan"):
+        pixel_influences(mlp, (spoilt, blobs[1]), blobs, [1], [0])
