@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,15 +52,11 @@ def pixel_influences(
         raise ValueError("no training image chosen: the indices are empty")
     for part in trains.split(chosen.chunk):
         _check_pixels(data.batch(part)[0], *limits)
-    found = [_of_one(problem, source, tests, trains) for problem in _problems(model, data, chosen)]
+    found = [_of_one(make_problem(one, data, chosen), source, tests, trains) for one in models_of(model)]
     result = torch.stack(found).mean(0)
     if not torch.isfinite(result).all():
         raise NonFiniteError("a pixel's influence is NaN or infinite; raise damping, and check the images' values")
     return result.cpu().numpy()
-
-
-def _problems(model: Models, data: Source, settings: InfluenceSettings) -> Iterator[Problem]:
-    return (make_problem(one, data, settings) for one in models_of(model))
 
 
 def _check_pixels(inputs: Inputs, low: float, high: float) -> None:
