@@ -6,7 +6,7 @@ BENCH := .bench-venv
 NOTEBOOKS := $(wildcard *.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test render slides lab bench lint clean
+.PHONY: help run test render slides explore lab bench lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
@@ -33,6 +33,9 @@ render: $(VENV)/.run  ## execute every committed notebook in place, in full, wit
 slides: $(VENV)/.dev  ## build presentation.pdf from images/ and data/results.json
 	$(BIN)/python tools/slides.py
 
+explore: $(VENV)/.run  ## build the explorer, docs/index.html, from ten trainings: about four minutes
+	$(BIN)/python tools/explore.py
+
 lab: $(VENV)/.run  ## open JupyterLab
 	$(BIN)/python -m jupyter lab
 
@@ -50,7 +53,7 @@ lint: $(VENV)/.dev  ## ruff over modules and notebooks, mypy over package and mo
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff format --check --line-length 100 $(NOTEBOOKS)
-	$(BIN)/mypy influence_functions notebook_support.py tools benchmarks
+	$(BIN)/mypy influence_functions explorer notebook_support.py tools benchmarks
 
 clean:  ## remove what `make run` and `make test` wrote (not .venv, not data/)
 	rm -rf build

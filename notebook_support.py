@@ -58,6 +58,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.models import DenseNet
 from tqdm import tqdm  # plain text: the widget bars of tqdm.auto leave metadata that GitHub refuses to render
 
+from explorer import explore as explore  # ns.explore(influences, train, test, model): click, in the notebook
 from influence_functions import (
     MEASURES,
     CorruptFileError,
@@ -69,7 +70,7 @@ from influence_functions import (
 )
 from influence_functions._support import Indices, as_indices, atomic_path, bytes_of, read_if_whole
 from influence_functions.measures import check_labels
-from influence_functions.metrics import LDS, found_by
+from influence_functions.metrics import found_by
 from influence_functions.private import private_copy
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1413,15 +1414,6 @@ def plot_image_grid(
     for ax, name in zip(axes[:, 0], row_names):
         ax.text(-0.12, 0.5, name, ha="right", va="center", transform=ax.transAxes)
     return figure
-
-
-def plot_scores_with_interval(ax: Axes, x: Sequence[float], scores: Sequence[LDS], label: str, colour: str) -> Axes:
-    """A line of linear datamodeling scores with their 95 % intervals as a band."""
-    ax.plot(x, [score.mean for score in scores], color=colour, marker="o", markersize=3, label=label)
-    ax.fill_between(
-        x, [score.low for score in scores], [score.high for score in scores], color=colour, alpha=0.2, linewidth=0
-    )
-    return ax
 
 
 SCORE_COLOURS = {

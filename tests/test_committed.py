@@ -17,6 +17,7 @@ PACKAGE = ROOT / "influence_functions"
 MODULES = [
     ROOT / "notebook_support.py",
     *PACKAGE.rglob("*.py"),
+    *ROOT.glob("explorer/*.py"),
     *ROOT.glob("tools/*.py"),
     *ROOT.glob("benchmarks/*.py"),
 ]
@@ -240,7 +241,7 @@ def test_no_cifar_file_cache_or_environment_is_committed():
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["ruff", "format", "--check", "--line-length", "100", *map(str, NOTEBOOKS)],
-        ["mypy", "influence_functions", "notebook_support.py", "tools", "benchmarks"],
+        ["mypy", "influence_functions", "explorer", "notebook_support.py", "tools", "benchmarks"],
     ],
 )
 def test_the_linters_find_nothing(command):

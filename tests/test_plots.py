@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import of_notebook
 from PIL import Image
 
 import notebook_support as ns
@@ -100,7 +101,8 @@ def test_below_each_image_stands_who_else_finds_it_and_what_holds_is_framed(digi
 
 def test_scores_are_drawn_as_given():
     score = LDS(0.3, 0.2, 0.4, np.array([0.3]), np.array([0.3]))
-    ax = ns.plot_scores_with_interval(plt.subplots()[1], [1, 2], [score, score], "x", "red")
+    ax = plt.subplots()[1]
+    of_notebook("retraining.ipynb").plot_scores_with_interval(ax, [1, 2], [score, score], "x", "red")
     assert ax.lines[0].get_ydata().tolist() == [0.3, 0.3]
     plt.close("all")
 

@@ -1,0 +1,157 @@
+"""All that the explorer shows, checked and made once: `gather` → `Payload`, the same for the page and the widget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .album import Album, pack
+from .groups import Confusion, confusions
+from .notes import merged, near_duplicates_of, suspects_of, to_judge
+from .pictures import class_names_of, numbers_of
+from .rankings import KINDS, SHOWN, TOP, Rankings, most_moved, rank
+from .sheets import Sheets
+from .sources import Given, Labels, check_data, open_trainings
+from .still import draw_still
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+JUDGED = 30  # suspects to judge oneself
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What a project knows besides the scores; all of it may be left out.
+
+    near_duplicates, suspects: tables of `notebook_support.near_duplicates` and `list_suspects`, which name images by
+    their number in the whole data set. removals: what retraining without images gave (`tools/explore.py`).
+    words: what the reader is told: "title", and "about", a list of sentences.
+    """
+
+    near_duplicates: pd.DataFrame | None = None
+    suspects: pd.DataFrame | None = None
+    removals: Sequence[Mapping[str, Any]] = ()
+    words: Mapping[str, Any] = field(default_factory=dict)
+
+    def notes(self, role: str) -> dict[int, list[str]]:
+        """Number of a train or test image → what the tables say of it."""
+        twins = near_duplicates_of(self.near_duplicates, role)
+        return merged(twins, suspects_of(self.suspects) if role == "train" else {})
+
+
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """data: what JSON can hold, arrays packed (see `pack`). test, train: the images that it speaks of.
+
+    still: a picture of it, PNG, for where nothing moves.
+    """
+
+    data: dict[str, Any]
+    test: Sheets
+    train: Sheets
+    still: bytes
+
+
+def gather(
+    influences: Given | Sequence[Given],
+    train: Any,
+    test: Any,
+    probabilities: NDArray[Any] | None = None,
+    extras: Extras | None = None,
+) -> Payload:
+    """What the explorer shows of the scores of one training, or of several, one `Influences` (or its file) each.
+
+    train, test: the data that the scores were computed on, in any of the ways of `pixels_of`. probabilities (t, m, C):
+    what the model of each training says of the test images asked; (m, C) of a single one. Raises FileNotFoundError for
+    a missing file, ValueError where scores, data and probabilities do not belong together.
+    """
+    labels, trainings = open_trainings(influences)
+    check_data(labels, train, test)
+    names, known = class_names_of(train, [labels.trains, labels.tests]), extras or Extras()
+    said = _checked(probabilities, (len(trainings), len(labels.tests), len(names)))
+    ranked = rank(trainings)
+    cells = [] if said is None else confusions(ranked.mean, labels.tests, said.mean(0).argmax(1))
+    judged, judged_at = _judged(known, train, labels)
+    tests, shown = Album(test, "test", labels.test_indices, labels.tests), _shown(ranked, cells, judged_at)
+    trains = Album(train, "train", shown, labels.trains[shown])
+    sheets = tests.sheets(), trains.sheets()
+    data = {
+        "words": dict(known.words),
+        "classes": names,
+        "sizes": {"train": len(labels.trains), "trainings": ranked.trainings, "top": TOP, "shown": SHOWN},
+        "tests": tests.about(known.notes("test"), sheets[0].layout()),
+        "trains": trains.about(known.notes("train"), sheets[1].layout()),
+        "says": None if said is None else _says(said),
+        **_lists(ranked, trains),
+        "confusions": [cell.grouped(trains) for cell in cells],
+        "suspects": [{**one, "train": int(place)} for one, place in zip(judged, trains.place(judged_at))],
+        "removals": [dict(one) for one in known.removals],
+    }
+    return Payload(data, *sheets, draw_still(tests, trains, ranked, names))
+
+
+def _checked(probabilities: NDArray[Any] | None, shape: tuple[int, int, int]) -> NDArray[Any] | None:
+    if probabilities is None:
+        return None
+    found = np.asarray(probabilities, np.float32)
+    found = found[None] if found.ndim == 2 else found
+    if found.shape != shape or not np.allclose(found.sum(-1), 1, atol=1e-3) or found.min() < 0:
+        raise ValueError(f"probabilities must be {shape} (trainings, test images, classes) and sum to 1")
+    return found
+
+
+def _judged(known: Extras, train: Any, labels: Labels) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+    """The suspects to judge that are in this data, and their indices in it."""
+    numbers = numbers_of(train, np.arange(len(labels.trains)))
+    at = {int(number): index for index, number in enumerate(numbers)}
+    judged = [one for one in to_judge(known.suspects, JUDGED) if one["number"] in at]
+    return judged, np.array([at[one["number"]] for one in judged], np.int64)
+
+
+def _shown(ranked: Rankings, cells: Sequence[Confusion], judged: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ascending indices of all training images that are shown anywhere."""
+    parts = [*(part.ravel() for part in ranked.lists.values()), *(cell.pushers for cell in cells), judged]
+    return np.unique(np.concatenate(parts))
+
+
+def _says(said: NDArray[Any]) -> dict[str, Any]:
+    """The first and second choice of the mean of the first j + 1 trainings (t, m), and each training's own choice."""
+    together = np.cumsum(said, axis=0) / np.arange(1, len(said) + 1)[:, None, None]
+    order = np.argsort(-together, axis=2, kind="stable")[..., :2]
+    chances = np.take_along_axis(together, order, axis=2)
+    own = {"own": pack(said.argmax(2))}
+    return own | {"choices": pack(order), "chances": pack(chances)}
+
+
+def _lists(ranked: Rankings, trains: Album) -> dict[str, Any]:
+    """Who helps and harms each test image, whom each training image helps and harms, and how steady lists are."""
+    moved = most_moved(ranked.mean, trains.indices)
+    return {
+        "lists": {
+            kind: {
+                "train": pack(trains.place(ranked.lists[kind])),
+                "score": pack(ranked.scores[kind]),
+                "agree": pack(ranked.agreement[kind]),
+            }
+            for kind in KINDS
+        },
+        "moved": {
+            kind: {
+                "test": pack(rows),
+                "score": pack(np.take_along_axis(ranked.mean[:, trains.indices].T, rows, axis=1)),
+            }
+            for kind, rows in moved.items()
+        },
+        "steady": {kind: [_with_interval(row) for row in shares] for kind, shares in ranked.steady.items()},
+    }
+
+
+def _with_interval(shares: NDArray[np.float64]) -> list[float]:
+    """Mean of m shares, and half the width of its 95 % interval over the test images."""
+    half = 1.96 * shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
+    return [round(float(shares.mean()), 4), round(float(half), 4)]

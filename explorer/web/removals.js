@@ -1,0 +1,111 @@
+import { h, signed } from "./dom.js";
+
+const ROWS = { nothing: "nothing", random: "at random", harmful: "most harmful", helpful: "most helpful" };
+const CHANCES = [0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999];
+
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}
+
+/** Dots: what each training without the images gave; a rhombus: what the scores foretold. */
+function chart(rows) {
+  const all = rows.flatMap((row) => [...row.measured, row.foretold]);
+  const [low, high] = [Math.min(...all, -1) - 0.5, Math.max(...all, 1) + 0.5];
+  const x = (value) => 100 + (480 * (value - low)) / (high - low);
+  const ticks = CHANCES.map((chance) => [chance, Math.log(chance / (1 - chance))]);
+  const inside = ticks.filter(([, odds]) => odds > low && odds < high);
+  const line = ({ kind, measured, foretold }, k) => {
+    const y = 20 + 34 * k;
+    const rhombus = `M${x(foretold) - 7},${y}l7,-7l7,7l-7,7z`;
+    return h(
+      "g",
+      { class: kind },
+      h("text", { x: 92, y: y + 4, "text-anchor": "end" }, ROWS[kind]),
+      h("line", { x1: 100, x2: 580, y1: y, y2: y, class: "axis" }),
+      (kind === "helpful" || kind === "harmful") && h("path", { d: rhombus, class: "foretold" }),
+      measured.map((value) => h("circle", { cx: x(value), cy: y, r: 5 })),
+    );
+  };
+  return h(
+    "svg",
+    { viewBox: "0 0 600 180", class: "chart", "aria-hidden": "true" },
+    inside.map(([chance, odds]) => [
+      h("line", { x1: x(odds), x2: x(odds), y1: 8, y2: 140, class: "axis" }),
+      h("text", { x: x(odds), y: 156, "text-anchor": "middle" }, `${Number((100 * chance).toFixed(1))} %`),
+    ]),
+    h("text", { x: 340, y: 174, "text-anchor": "middle" }, "probability of the right class"),
+    rows.map(line),
+  );
+}
+
+/** What leaving out these images did beyond leaving out as many at random: foretold and measured change. */
+function beyondRandom(removal, kind) {
+  const measured = mean(removal[kind].measured) - mean(removal.random.measured);
+  return { foretold: removal[kind].foretold - removal.random.foretold, measured };
+}
+
+/** How foretold and measured agree over all photographs that were trained again. */
+function verdict(removals) {
+  const pairs = removals.flatMap((removal) => ["helpful", "harmful"].map((kind) => beyondRandom(removal, kind)));
+  const agree = pairs.filter(({ foretold, measured }) => foretold * measured > 0);
+  const ratios = agree.map(({ foretold, measured }) => measured / foretold).sort((a, b) => a - b);
+  const size = ratios.length ? ` and is ${Math.round(ratios[0])} to ${Math.round(ratios.at(-1))} times as large` : "";
+  return (
+    `Over the ${removals.length} photographs for which this was done the measured change goes the way foretold in ` +
+    `${agree.length} of ${pairs.length} cases${size}: the scores say who helps and who harms, not by how much a large group does.`
+  );
+}
+
+/** "Train without them": only for the test images for which it was really done. */
+export function removalPanel(state, { data }) {
+  const removal = data.removal(state.test);
+  if (!removal) return null;
+  const base = mean(removal.random.measured);
+  const rows = Object.keys(ROWS).map((kind) => ({
+    kind,
+    measured: kind === "nothing" ? removal.nothing : removal[kind].measured,
+    foretold: base + (kind in { helpful: 1, harmful: 1 } ? beyondRandom(removal, kind).foretold : 0),
+  }));
+  const cells = (kind) => {
+    const { foretold, measured } = beyondRandom(removal, kind);
+    return h(
+      "tr",
+      { class: kind },
+      h("th", { scope: "row" }, `${removal.removed} ${ROWS[kind]}`),
+      h("td", {}, signed(foretold, 2)),
+      h("td", {}, signed(measured, 2)),
+      h("td", {}, `${removal[kind].measured.length}`),
+    );
+  };
+  const whole = data.sizes.train.toLocaleString("en");
+  const what = `Change of the log-odds of the right class, against ${removal.removed} left out at random:`;
+  const columns = ["left out", "foretold", "measured (mean)", "trainings"];
+  return h(
+    "section",
+    { class: "removal", "aria-label": "Train without them" },
+    h("h3", {}, "Train without them: it was done"),
+    h(
+      "p",
+      {},
+      `${removal.removed} of ${whole} training images were left out, and networks trained again from the start. ` +
+        "Each dot is one network; a rhombus is what the scores foretold, counted from the mean without as many at random.",
+    ),
+    chart(rows),
+    h("p", {}, what),
+    h(
+      "table",
+      { "aria-label": what },
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          columns.map((text) => h("th", { scope: "col" }, text)),
+        ),
+      ),
+      h("tbody", {}, ["harmful", "helpful"].map(cells)),
+    ),
+    h("p", { class: "quiet" }, verdict(data.removals)),
+  );
+}
