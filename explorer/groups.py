@@ -60,14 +60,13 @@ def looks(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
     The mean of an image and its mirror image, so that it does not matter which way a ship sails.
     """
+    return (_fields(images) + _fields(images[:, :, ::-1])) / 2
+
+
+def _fields(images: NDArray[np.uint8]) -> NDArray[np.float64]:
     rows, columns = (np.linspace(0, size, SIDE + 1).astype(int) for size in images.shape[1:3])
-    fields = [
-        images[:, a : max(b, a + 1), c : max(d, c + 1)].mean((1, 2)) / 255
-        for a, b in pairwise(rows)
-        for c, d in pairwise(columns)
-    ]
-    seen = np.stack(fields, axis=1).reshape(len(images), SIDE, SIDE, 3)
-    return ((seen + seen[:, :, ::-1]) / 2).reshape(len(images), -1)
+    corners = [(a, max(b, a + 1), c, max(d, c + 1)) for a, b in pairwise(rows) for c, d in pairwise(columns)]
+    return np.concatenate([images[:, a:b, c:d].mean((1, 2)) / 255 for a, b, c, d in corners], axis=1)
 
 
 def look_alikes(images: NDArray[np.uint8], labels: NDArray[Any]) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def write_page(payload: Payload, folder: str | Path) -> list[Path]:
         ("/* style */", (WEB / "style.css").read_text(encoding="utf-8")),
         ("/* modules */", bundle("page.js")),
         ("/* data */", _in_script({**payload.data, "sheets": names})),
-        ("<!-- title -->", str(payload.data["words"].get("title", "Influence explorer"))),
+        ("<!-- title -->", html.escape(str(payload.data["words"].get("title", "Influence explorer")))),
     ):
         before, found, after = page.partition(mark)
         if not found:

@@ -29,6 +29,8 @@ class Explorer(anywidget.AnyWidget):
     state: what is shown, as the address of the page says it ("view=photograph&test=25"); read it, or set it.
     """
 
+    _esm = bundle("widget.js")
+    _css = (WEB / "style.css").read_text(encoding="utf-8")
     data = traitlets.Dict().tag(sync=True)
     test_sheets = traitlets.List(traitlets.Bytes()).tag(sync=True)
     train_sheets = traitlets.List(traitlets.Bytes()).tag(sync=True)
@@ -39,18 +41,15 @@ class Explorer(anywidget.AnyWidget):
             data=payload.data,
             test_sheets=payload.test.files,
             train_sheets=payload.train.files,
-            _esm=bundle("widget.js"),
-            _css=(WEB / "style.css").read_text(encoding="utf-8"),
             **options,
         )
         self.still = payload.still
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         found = super()._repr_mimebundle_(**options)
-        bundle, about = found if isinstance(found, tuple) else (found, {})
-        if bundle is None:
-            return None
-        return {**bundle, "image/png": base64.b64encode(self.still).decode(), "text/plain": "influence explorer"}, about
+        views, about = found if isinstance(found, tuple) else (found or {}, {})
+        still = {"image/png": base64.b64encode(self.still).decode(), "text/plain": "influence explorer"}
+        return {**views, **still}, about
 
 
 def explore(

@@ -7,6 +7,8 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import notebook_support as ns  # noqa: E402  (the module lies beside the notebooks, not in a package)
+import explorer  # noqa: E402  (what is imported here lies beside the notebooks, installed nowhere)
+import notebook_support as ns  # noqa: E402
+from influence_functions import compute_influences  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +66,55 @@ def of_notebook(name: str) -> SimpleNamespace:
     sys.modules[module.__name__] = module  # where dataclasses look for it
     exec(compile(tree, name, "exec"), module.__dict__)
     return SimpleNamespace(**module.__dict__)
+
+
+# ── the explorer ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium)"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say it where it cannot be missed when the tests in a browser were left out."""
+    skipped = [one for one in terminalreporter.stats.get("skipped", []) if NO_BROWSER in str(one.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"LEFT OUT: {len(skipped)} tests of the explorer in a browser: {NO_BROWSER}")
+
+
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory) -> SimpleNamespace:
+    """A small explorer: four linear models on the digits, asked about 60 of them, with every kind of extra."""
+    train, test = ns.load_data("digits")
+    train, test = train.subset(range(600)), test.subset(range(200))
+    models = [fitted(train, seed) for seed in range(4)]
+    rows = np.arange(120, 180)
+    found = [compute_influences(model, train, test, rows) for model in models]
+    said = torch.stack([ns.evaluate(model, test).probabilities[rows] for model in models]).numpy()
+    suspicion = pd.DataFrame({"loss": ns.evaluate(models[0], train).losses.numpy()})
+    pairs = ns.near_duplicates(train, test, 0.95)
+    suspects = ns.list_suspects(train, suspicion, said[0, :1].repeat(len(train), 0), pairs, "loss", 40)
+    kinds = {kind: {"foretold": sign * 0.2, "measured": [1 + sign, 1.5 + sign]} for kind, sign in REMOVED.items()}
+    removals = [{"test": 130, "removed": 50, "nothing": [1.0, 1.5, 2.0], **kinds}]
+    words = {"title": "Digits <b>& others</b>", "about": ["A sentence with </script> in it."]}
+    extras = explorer.Extras(pairs, suspects, removals, words)
+    payload = explorer.gather(found, train, test, said, extras)
+    folder = tmp_path_factory.mktemp("page")
+    files = explorer.write_page(payload, folder)
+    parts = {"train": train, "test": test, "models": models, "influences": found, "probabilities": said}
+    return SimpleNamespace(**parts, extras=extras, payload=payload, folder=folder, files=files)
+
+
+REMOVED = {"helpful": -1.0, "harmful": 1.0, "random": 0.0}
+
+
+def fitted(train: ns.ImageData, seed: int) -> nn.Module:
+    """A linear model of every fourth pixel, hardly trained, so that it errs."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.02)
+    images, labels = train.batch(torch.arange(len(train)))
+    for _ in range(12):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model

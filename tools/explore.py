@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import notebook_support as ns  # noqa: E402  (it lies beside the notebooks, not in a package)
-from explorer import Extras, gather, write_page  # noqa: E402
+from explorer import Extras, Payload, gather, write_page  # noqa: E402
 from influence_functions import Influences, compute_influences  # noqa: E402
 from influence_functions.measures import MEASURES  # noqa: E402
 
 CONFIG = ns.TrainConfig()
-DATA = ROOT / "data"
+DATA, DOCS = ROOT / "data", ROOT / "docs"
 RIGHT, LEAST = 0.4, 2  # share of right answers among the test images of a class; images of each kind of mistake
 TITLE = "Who taught the machine?"
 REMOVED, SEEDS, ASKED = 500, range(200, 203), range(1_000)  # as in section 3 of retraining.ipynb
@@ -152,8 +152,8 @@ def _rounded(values: NDArray[Any]) -> list[float]:
     return [round(float(value), 3) for value in values]
 
 
-def build(target: Path, trainings: int, per_class: int, scores: Path) -> list[Path]:
-    """The page in folder `target`, of the first `trainings` of ten; scores are kept in folder `scores`."""
+def make_payload(trainings: int, per_class: int, scores: Path) -> Payload:
+    """What the page shows, of the first `trainings` of ten; scores are kept in folder `scores`."""
     data = train, test = ns.load_data("cifar10")
     asked = Asked.of(data, trainings)
     tables = {name: ns.read_table(DATA / f"{name}.csv") for name in ("removals-of-all", "stability")}
@@ -171,22 +171,26 @@ def build(target: Path, trainings: int, per_class: int, scores: Path) -> list[Pa
         removals(retrained(data, left_out), dict(zip(again, rows)), asked),
         {"title": TITLE, "about": ABOUT},
     )
-    return write_page(gather(files, train, test, asked.probabilities[:, tests], extras), target)
+    return gather(files, train, test, asked.probabilities[:, tests], extras)
 
 
 def main() -> int:
     """Build the page; exit status 1 and a line that says what to do when that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=ROOT / "docs", help="folder of the page (default: docs)")
+    parser.add_argument("--to", type=Path, default=DOCS, help="folder of the page (default: docs)")
     parser.add_argument("--trainings", type=int, default=10, help="how many trainings, 1 to 10")
     parser.add_argument("--per-class", type=int, default=60, help="test images of each class")
     parser.add_argument("--scores", type=Path, default=ROOT / "build/explorer", help="folder of the score files")
     options, start = parser.parse_args(), time.perf_counter()
     try:
-        written = build(options.to, options.trainings, options.per_class, options.scores)
+        payload = make_payload(options.trainings, options.per_class, options.scores)
+        written = write_page(payload, options.to)
     except (ValueError, OSError) as error:
         print(f"{error}\nnothing was written to {options.to}", file=sys.stderr)
         return 1
+    if options.to == DOCS:
+        measured = {"steady": payload.data["steady"], "tests": payload.data["tests"]["number"]["shape"][0]}
+        ns.record_results(DATA / "results.json", "explorer", measured)
     size = sum(file.stat().st_size for file in written)
     print(f"wrote {written[0]} in {time.perf_counter() - start:.0f} s: {len(written)} files, {size / 1e6:.1f} MB")
     return 0

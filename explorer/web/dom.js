@@ -7,6 +7,9 @@ export function h(tag, attributes = {}, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
+  // JupyterLab takes arrows and digits for commands of its own, unless the very element with the focus forbids it.
+  if (["button", "input", "select"].includes(tag) || "tabindex" in attributes)
+    element.setAttribute("data-lm-suppress-shortcuts", "true");
   element.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
   return element;
 }
