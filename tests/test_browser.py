@@ -114,7 +114,7 @@ def test_a_click_shows_who_helped_and_harmed_as_the_scores_have_it(page, explore
                 last = 10.0 ** -len(text.partition(".")[2])  # what its last digit stands for
                 assert float(text.replace("−", "-")) == pytest.approx(score, abs=0.51 * last)
         likely = np.sort(explored.probabilities.mean(0)[row])[::-1][:2]
-        said = [int(text) for text in re.findall(r"(\d+) %", page.locator(".bars").inner_text())]
+        said = [int(text) for text in re.findall(r"(\d+)\s%", page.locator(".bars").inner_text())]
         np.testing.assert_allclose(said, 100 * likely, atol=0.51)
 
 
@@ -156,7 +156,7 @@ def test_the_slider_asks_fewer_trainings_and_keeps_the_focus(page, explored):
         assert f"trainings={trainings}" in state(page)
     assert slider.get_attribute("aria-valuetext") == "one training alone"
     share = explored.payload.data["steady"]["helpful"][0][0]
-    expect(page.locator(".slider p")).to_contain_text(f"{100 * share:.0f} % of the helpful")
+    expect(page.locator(".slider p")).to_contain_text(f"{100 * share:.0f}\u00a0% of the helpful")
     expect(page.locator(".bars")).to_have_count(1)
 
 

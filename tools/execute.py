@@ -22,6 +22,8 @@ from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 class TerminalClient(NotebookClient):
     """A notebook client that also shows on the terminal what the cells print."""
@@ -58,6 +60,8 @@ def execute(source: Path) -> NotebookNode:
             if title := heading(cell):
                 print(f"\n── {title}", flush=True)
             client.execute_cell(cell, index)
+    for output in (output for cell in book.cells for output in cell.get("outputs", ())):
+        output.get("data", {}).pop(WIDGET, None)  # its picture stays: no kernel, no widget
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     book.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     return book

@@ -10,6 +10,8 @@ The same inputs give the same bytes on the same kind of processor.
 
 import argparse
 import hashlib
+import io
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 
@@ -28,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import notebook_support as ns  # noqa: E402  (it lies beside the notebooks, not in a package)
 from explorer import Extras, Payload, gather, write_page  # noqa: E402
 from influence_functions import Influences, compute_influences  # noqa: E402
+from influence_functions._support import atomic_path  # noqa: E402
 from influence_functions.measures import MEASURES  # noqa: E402
 
 CONFIG = ns.TrainConfig()
@@ -174,6 +178,26 @@ def make_payload(trainings: int, per_class: int, scores: Path) -> Payload:
     return gather(files, train, test, asked.probabilities[:, tests], extras)
 
 
+def take_picture(page: Path, target: Path) -> None:
+    """The picture that README shows, of an airplane taken for a deer; needs Chromium and requirements-dev.txt."""
+    from playwright.sync_api import sync_playwright  # only here: to build the page needs no browser
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        raise FileNotFoundError("a picture of the page needs Chromium (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        window = browser.new_page(viewport={"width": 1100, "height": 850})
+        window.goto(f"{page.as_uri()}#view=photograph&test=10")
+        window.wait_for_function("document.querySelectorAll('.detail canvas[data-drawn]').length >= 11")
+        window.wait_for_timeout(1_000)
+        drawn = window.screenshot()
+        browser.close()
+    picture = PIL.Image.open(io.BytesIO(drawn)).convert("RGB")
+    with atomic_path(target) as temporary:
+        picture.quantize(256, method=PIL.Image.Quantize.MAXCOVERAGE, kmeans=1).save(temporary, "PNG", optimize=True)
+
+
 def main() -> int:
     """Build the page; exit status 1 and a line that says what to do when that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,10 +205,13 @@ def main() -> int:
     parser.add_argument("--trainings", type=int, default=10, help="how many trainings, 1 to 10")
     parser.add_argument("--per-class", type=int, default=60, help="test images of each class")
     parser.add_argument("--scores", type=Path, default=ROOT / "build/explorer", help="folder of the score files")
+    parser.add_argument("--picture", type=Path, help="also take a picture of the page, for README (needs Chromium)")
     options, start = parser.parse_args(), time.perf_counter()
     try:
         payload = make_payload(options.trainings, options.per_class, options.scores)
         written = write_page(payload, options.to)
+        if options.picture:
+            take_picture(written[0].resolve(), options.picture)
     except (ValueError, OSError) as error:
         print(f"{error}\nnothing was written to {options.to}", file=sys.stderr)
         return 1

@@ -24,9 +24,9 @@ export function counted(count, noun) {
   return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 }
 
-/** 0.304 → "30 %". */
+/** 0.304 → "30 %", which no line breaks. */
 export function percent(share) {
-  return share > 0 && share < 0.005 ? "< 1 %" : `${Math.round(100 * share)} %`;
+  return share > 0 && share < 0.005 ? "<\u00a01\u00a0%" : `${Math.round(100 * share)}\u00a0%`;
 }
 
 /** With a sign that is a real minus: "+0.0043", "−0.0012". */
