@@ -48,10 +48,8 @@ from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from sklearn.decomposition import PCA
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.model_selection import StratifiedKFold
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity
@@ -432,75 +430,6 @@ def image_details(images: Tensor) -> Tensor:
         length = sharp.norm(dim=1, keepdim=True)
         parts.append(torch.where(length > 1, sharp / length.clamp(min=1), 0))  # ≤ 1 is rounding, not a picture
     return torch.cat(parts)
-
-
-def exact_copies(images: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Positions (first < second) of all pairs of uint8 images that agree in every pixel, found by a 64-bit hash."""
-    flat = images.flatten(1).numpy()
-    random = np.random.default_rng(0).integers(1, 2**63, flat.shape[1], dtype=np.uint64)
-    starts = range(0, len(flat), LOOK_CHUNK)
-    hashes = np.concatenate([flat[s : s + LOOK_CHUNK].astype(np.uint64) @ random for s in starts])  # modulo 2⁶⁴
-    table = pd.DataFrame({"hash": hashes, "position": np.arange(len(flat))})
-    table = table[table["hash"].duplicated(keep=False)]
-    seen: dict[bytes, int] = {}  # equal hashes are a strong hint, equal pixels the proof
-    table = table.assign(first=[seen.setdefault(flat[i].tobytes(), i) for i in table["position"]])
-    pairs = table.merge(table, on="first").query("position_x < position_y")
-    return pairs["position_x"].to_numpy(), pairs["position_y"].to_numpy()
-
-
-def similar_pairs(
-    details: NDArray[np.float32], threshold: float, components: int = 96
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """All pairs of rows of `details` (n, d) that correlate by at least `threshold`: first < second, correlation.
-
-    Unit rows are √(2 − 2·correlation) apart, and a projection never lengthens a distance: whatever is further apart
-    than that in the first principal components is ruled out there, and no pair is missed. The rest is checked in full.
-    """
-    kept = min(components, *details.shape)
-    projected = PCA(kept, svd_solver="covariance_eigh").fit_transform(details).astype(np.float32)
-    radius = math.sqrt(2 - 2 * threshold) + 1e-3  # the margin is for rounding
-    search = NearestNeighbors(radius=radius, algorithm="brute").fit(projected)
-    found = search.radius_neighbors_graph(mode="connectivity").tocoo()
-    first, second = found.row[found.row < found.col], found.col[found.row < found.col]
-    starts = range(0, len(first), LOOK_CHUNK)
-    chunks = [(first[s : s + LOOK_CHUNK], second[s : s + LOOK_CHUNK]) for s in starts]
-    correlation = np.concatenate([np.zeros(0), *(np.einsum("ij,ij->i", details[a], details[b]) for a, b in chunks)])
-    near = correlation >= threshold
-    return first[near], second[near], correlation[near]
-
-
-def near_duplicates(train: ImageData, test: ImageData, threshold: float = 0.85) -> pd.DataFrame:
-    """Pairs of images, within and between train and test, that are the same picture: exactly, or nearly.
-
-    Nearly: their details (`image_details`) correlate by at least `threshold`, 0.5 to 1. One row a pair: set, index and
-    label of either image, correlation, RMSE of the pixels (0..255), exact; different labels first, then by correlation.
-    """
-    if not 0.5 <= threshold <= 1:
-        raise ValueError(f"threshold must be a correlation from 0.5 to 1, not {threshold}")
-    images, labels = torch.cat([train.images, test.images]), torch.cat([train.labels, test.labels]).numpy()
-    same_a, same_b = exact_copies(images)
-    first, second, correlation = similar_pairs(image_details(images).numpy(), threshold)
-    a, b = np.concatenate([same_a, first]), np.concatenate([same_b, second])
-    pairs = pd.DataFrame({"correlation": np.concatenate([np.ones(len(same_a)), correlation])})
-    for side, position in (("a", a), ("b", b)):
-        of_test = position >= len(train)
-        pairs[f"set_{side}"] = np.where(of_test, "test", "train")
-        pairs[f"index_{side}"] = position - len(train) * of_test
-        pairs[f"label_{side}"] = np.array(train.class_names)[labels[position]]
-    pairs["pixel_rmse"] = _pixel_rmse(images, a, b)
-    pairs["exact"] = np.arange(len(pairs)) < len(same_a)
-    pairs["same_label"] = labels[a] == labels[b]
-    pairs = pairs.drop_duplicates(["set_a", "index_a", "set_b", "index_b"])  # an exact copy is found twice: kept once
-    order = ["same_label", "correlation", "set_a", "index_a", "set_b", "index_b"]
-    columns = ["set_a", "index_a", "label_a", "set_b", "index_b", "label_b", "correlation", "pixel_rmse", "exact"]
-    return pairs.sort_values(order, ascending=[True, False] + [True] * 4, ignore_index=True)[columns]
-
-
-def _pixel_rmse(images: Tensor, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-    """Root mean squared difference, in levels 0..255, of the images at `first` and at `second`."""
-    parts = zip(torch.from_numpy(first).split(LOOK_CHUNK), torch.from_numpy(second).split(LOOK_CHUNK))
-    squares = [(images[a].float() - images[b].float()).square().mean((1, 2, 3)) for a, b in parts]
-    return torch.cat(squares).sqrt().numpy() if squares else np.zeros(0)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1226,9 +1155,9 @@ def list_suspects(
 ) -> pd.DataFrame:
     """The `count` images whose label is most suspicious by the score called `by`, one row each, worst first.
 
-    suspicion: of `suspicion_scores`; probabilities (n, C): of models that have not seen the image; pairs: of
-    `near_duplicates`. Columns: index (torchvision's), given and suggested label, probability of each (0..1), score,
-    reason in plain words, and the rank (1 = most suspicious) under every score, as in "rank loss".
+    suspicion: of `suspicion_scores`; probabilities (n, C): of models that have not seen the image; pairs: as
+    in near-duplicates.csv. Columns: index (torchvision's), given and suggested label, probability of each (0..1),
+    score, reason in plain words, and the rank (1 = most suspicious) under every score, as in "rank loss".
     """
     chosen = np.argsort(-suspicion[by].to_numpy(), kind="stable")[:count]
     given, suggested = train.labels.numpy()[chosen], probabilities[chosen].argmax(1)

@@ -14,7 +14,7 @@ def a(noun: str) -> str:
 
 
 def near_duplicates_of(pairs: pd.DataFrame | None, role: str) -> dict[int, list[str]]:
-    """Number of a train or test image → what its near-duplicates are; pairs: of `notebook_support.near_duplicates`."""
+    """Number of a train or test image → what its near-duplicates are; pairs: as in near-duplicates.csv."""
     notes: dict[int, list[str]] = {}
     for pair in [] if pairs is None else pairs.to_dict("records"):
         for one, other in (("a", "b"), ("b", "a")):

@@ -28,8 +28,8 @@ JUDGED = 30  # suspects to judge oneself
 class Extras:
     """What a project knows besides the scores; all of it may be left out.
 
-    near_duplicates, suspects: tables of `notebook_support.near_duplicates` and `list_suspects`, which name images by
-    their number in the whole data set. removals: what retraining without images gave (`tools/explore.py`).
+    near_duplicates, suspects: tables as in data/near-duplicates.csv and of `notebook_support.list_suspects`, which name
+    images by their number in the whole data set. removals: what retraining without images gave (`tools/explore.py`).
     words: what the reader is told: "title", and "about", a list of sentences.
     """
 

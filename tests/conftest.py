@@ -91,7 +91,7 @@ def explored(tmp_path_factory) -> SimpleNamespace:
     found = [compute_influences(model, train, test, rows) for model in models]
     said = torch.stack([ns.evaluate(model, test).probabilities[rows] for model in models]).numpy()
     suspicion = pd.DataFrame({"loss": ns.evaluate(models[0], train).losses.numpy()})
-    pairs = ns.near_duplicates(train, test, 0.95)
+    pairs = of_notebook("EDA.ipynb").near_duplicates(train, test, 0.95)
     suspects = ns.list_suspects(train, suspicion, said[0, :1].repeat(len(train), 0), pairs, "loss", 40)
     kinds = {kind: {"foretold": sign * 0.2, "measured": [1 + sign, 1.5 + sign]} for kind, sign in REMOVED.items()}
     removals = [{"test": 130, "removed": 50, "nothing": [1.0, 1.5, 2.0], **kinds}]

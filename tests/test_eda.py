@@ -125,7 +125,7 @@ def test_planted_duplicates_are_found_and_different_labels_come_first():
     train, test = data(images[:50]), data(scenes(12, seed=9))
     test.images[4] = train.images[20]  # an exact copy in the other set: label 4 against label 0
     test.images[7] = (train.images[17].float() + torch.randn(3, 32, 32)).round().to(torch.uint8)
-    found = ns.near_duplicates(train, test)
+    found = EDA.near_duplicates(train, test)
     names = found[["set_a", "index_a", "set_b", "index_b"]].to_numpy().tolist()
     assert sorted(names[:2]) == [["train", 3, "train", 41], ["train", 20, "test", 4]]
     assert sorted(names[2:]) == [["train", 5, "train", 25], ["train", 17, "test", 7]]
@@ -139,7 +139,7 @@ def test_planted_duplicates_are_found_and_different_labels_come_first():
 def test_featureless_images_are_duplicates_only_when_they_are_equal():
     ramp = torch.arange(32).expand(1, 3, 32, 32)
     ramps = torch.cat([ramp * 3, ramp * 7]).to(torch.uint8)  # only rounding is left of their details
-    found = ns.near_duplicates(data(torch.cat([flat(10, 90, 10), ramps, scenes(20)])), data(scenes(5, seed=2)))
+    found = EDA.near_duplicates(data(torch.cat([flat(10, 90, 10), ramps, scenes(20)])), data(scenes(5, seed=2)))
     assert found[["index_a", "index_b", "exact"]].to_numpy().tolist() == [[0, 2, True]]
     assert (ns.image_details(ramps) == 0).all()
 
@@ -148,7 +148,7 @@ def test_the_search_in_few_components_misses_no_pair():
     rows = torch.nn.functional.normalize(torch.randn(300, 40, generator=torch.Generator().manual_seed(0)), dim=1)
     all_pairs = np.triu(rows @ rows.T, 1)
     for components in (2, 40):
-        first, second, correlation = ns.similar_pairs(rows.numpy(), 0.5, components)
+        first, second, correlation = EDA.similar_pairs(rows.numpy(), 0.5, components)
         found = set(zip(first.tolist(), second.tolist()))
         assert found == set(zip(*(part.tolist() for part in np.nonzero(all_pairs >= 0.5))))
         assert len(found) > 10
@@ -156,7 +156,7 @@ def test_the_search_in_few_components_misses_no_pair():
 
 
 def test_no_duplicate_gives_an_empty_table_with_all_columns():
-    found = ns.near_duplicates(data(scenes(20)), data(scenes(5, seed=2)))
+    found = EDA.near_duplicates(data(scenes(20)), data(scenes(5, seed=2)))
     assert found.empty
     assert found.columns.tolist() == [
         "set_a", "index_a", "label_a", "set_b", "index_b", "label_b", "correlation", "pixel_rmse", "exact",
@@ -170,7 +170,7 @@ def test_equal_hashes_of_different_images_are_no_copies(monkeypatch):
             return np.zeros(size, dtype)  # every hash is 0: all images collide
 
     monkeypatch.setattr(ns.np.random, "default_rng", lambda seed: Zeros())
-    first, second = ns.exact_copies(torch.cat([halves(1, 2), halves(1, 3), flat(2), halves(1, 3)]))
+    first, second = EDA.exact_copies(torch.cat([halves(1, 2), halves(1, 3), flat(2), halves(1, 3)]))
     assert (first.tolist(), second.tolist()) == ([1], [3])
 
 
@@ -187,8 +187,8 @@ def test_equal_hashes_of_different_images_are_no_copies(monkeypatch):
         (lambda: EDA.channel_histograms(flat(1, 2), torch.tensor([0])), "for each of the 2 images"),
         (lambda: EDA.channel_histograms(flat(1), torch.tensor([-1])), "whole number ≥ 0"),
         (lambda: EDA.class_means(data(flat(1, 2), [0, 2])), "no image is labelled 'automobile'"),
-        (lambda: ns.near_duplicates(data(flat(1)), data(flat(2)), 0.2), "correlation from 0.5 to 1, not 0.2"),
-        (lambda: ns.near_duplicates(data(flat(1)), data(flat(2)), float("nan")), "not nan"),
+        (lambda: EDA.near_duplicates(data(flat(1)), data(flat(2)), 0.2), "correlation from 0.5 to 1, not 0.2"),
+        (lambda: EDA.near_duplicates(data(flat(1)), data(flat(2)), float("nan")), "not nan"),
     ],
 )
 def test_bad_input_is_named(call, words):
@@ -205,7 +205,7 @@ def test_grid_and_pairs_show_the_right_images():
     assert shown[4] is None
     assert (shown[5] == train.images[5].permute(1, 2, 0).numpy()).all()
     test.images[3] = train.images[2]
-    figure = EDA.plot_pairs(train, test, ns.near_duplicates(train, test))
+    figure = EDA.plot_pairs(train, test, EDA.near_duplicates(train, test))
     assert [ax.get_title() for ax in figure.axes] == ["train\n#2\nbird", "test\n#3\ncat"]
     assert all((ax.images[0].get_array() == train.images[2].permute(1, 2, 0).numpy()).all() for ax in figure.axes)
 
