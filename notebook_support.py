@@ -379,6 +379,58 @@ def _in_words(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(words.get(name, name) for name in names)
 
 
+HUMAN_LABELS = {  # what we call a set of CIFAR-10N, and what the official file does
+    "aggregate": "aggre_label",
+    "worst": "worse_label",
+    **{f"random{k}": f"random_label{k}" for k in (1, 2, 3)},
+}
+CIFARN_HELP = (
+    "Get CIFAR-10_human.pt of CIFAR-10N (Wei et al. 2022, arXiv:2110.12088; for non-commercial use) from "
+    "http://noisylabels.com into data/, or set CIFARN_FILE to it."
+)
+
+
+def load_human_labels(name: str, train: ImageData | None = None, root: str | Path = "data") -> Tensor:
+    """(50000,) labels that people gave to the training images of CIFAR-10, in torchvision's order: CIFAR-10N.
+
+    name: "random1" to "random3", one annotator each; "aggregate", their majority; "worst", a wrong one where there is
+    any. Read from the file that CIFARN_FILE names (the official one, or an .npz of arrays by these names), else from
+    CIFAR-10_human.pt in `root`. train: CIFAR-10's training images, to check against (default: loaded for that).
+    Raises FileNotFoundError saying where to get it, CorruptFileError for a file that is damaged or of other data.
+    """
+    if name not in HUMAN_LABELS:
+        raise ValueError(f"unknown human labels {name!r}: use one of {', '.join(HUMAN_LABELS)}")
+    path = Path(os.environ.get("CIFARN_FILE") or Path(root) / "CIFAR-10_human.pt")
+    if not path.exists():
+        raise FileNotFoundError(f"the labels that people gave are not at {path}. {CIFARN_HELP}")
+    arrays = _read_arrays(path)
+    found, true = arrays.get(name, arrays.get(HUMAN_LABELS[name])), (train or load_data("cifar10", root)[0]).labels
+    if found is None:
+        raise ValueError(f"{path} has no labels {name!r}, only {', '.join(sorted(arrays))}. {CIFARN_HELP}")
+    labels = torch.from_numpy(np.asarray(found).astype(np.int64))
+    clean = arrays.get("clean_label", true.numpy())
+    if labels.shape != true.shape or not np.array_equal(clean, true) or (labels == true).float().mean() < 0.5:
+        raise CorruptFileError(f"{path} does not fit CIFAR-10's {len(true):,} training images. {CIFARN_HELP}")
+    check_labels(labels, len(CLASS_NAMES))
+    return labels
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz, or of a torch file of a dict of them, of which nothing else is unpickled."""
+    allowed: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("i8", "i4", "u1"))]
+    for core in ("core", "_core"):  # NumPy's own name for it before version 2, and since
+        allowed.append((np.zeros(1).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct"))
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): np.asarray(values) for name, values in found.items()}
+    except Exception as error:  # zipfile, pickle and torch each have their own ways to say "damaged"
+        raise CorruptFileError(f"{path} is damaged or not what it should be ({error}). {CIFARN_HELP}") from error
+
+
 def shuffled_batches(data: ImageData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over `data` in a random order: images (b, 3, 32, 32), normalised, and labels (b,).
 
