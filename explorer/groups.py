@@ -29,10 +29,10 @@ class Confusion:
     pushers: NDArray[np.int64]
     scores: NDArray[Any]
 
-    def grouped(self, trains: Album) -> dict[str, Any]:
-        """For the reader, strongest group first: a group's push is the sum of its scores."""
+    def grouped(self, trains: Album, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+        """For the reader, strongest group first: a group's push is the sum of its scores. pixels: of all `trains`."""
         places = trains.place(self.pushers)
-        which = look_alikes(trains.pixels[places], trains.labels[places])
+        which = look_alikes(pixels[places], trains.labels[places])
         members = [np.flatnonzero(which == group) for group in range(which.max(initial=-1) + 1)]
         members.sort(key=lambda part: float(self.scores[part].sum()))
         groups = [{"trains": places[part].tolist(), "scores": _short(self.scores[part])} for part in members]

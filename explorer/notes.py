@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def a(noun: str) -> str:
-    """The noun with its article: "an automobile"."""
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+@dataclass(frozen=True)
+class Note:
+    """Of one image: `badge`, in the two words that a card has room for, and `text`, without its full stop."""
+
+    badge: str
+    text: str
 
 
-def near_duplicates_of(pairs: pd.DataFrame | None, role: str) -> dict[int, list[str]]:
-    """Number of a train or test image → what its near-duplicates are; pairs: as in near-duplicates.csv."""
-    notes: dict[int, list[str]] = {}
+Notes = dict[int, list[Note]]
+"""Number of an image → what is noted of it."""
+
+
+def near_duplicates_of(pairs: pd.DataFrame | None, role: str) -> Notes:
+    """The near-duplicates of train or test images; pairs: as in near-duplicates.csv."""
+    notes: Notes = {}
     for pair in [] if pairs is None else pairs.to_dict("records"):
         for one, other in (("a", "b"), ("b", "a")):
             if pair[f"set_{one}"] == role:
-                kind = "the same picture as" if pair["exact"] else "nearly the same picture as"
+                badge, kind = ("copy", "the same") if pair["exact"] else ("near-copy", "nearly the same")
                 place = {"train": "training", "test": "test"}[pair[f"set_{other}"]]
-                twin = f"{place} image {pair[f'index_{other}']}, {a(pair[f'label_{other}'])}"
-                notes.setdefault(int(pair[f"index_{one}"]), []).append(f"{kind} {twin}")
+                text = f"{kind} picture as {place} image {pair[f'index_{other}']}, labelled {pair[f'label_{other}']}"
+                notes.setdefault(int(pair[f"index_{one}"]), []).append(Note(badge, text))
     return notes
 
 
-def suspects_of(table: pd.DataFrame | None) -> dict[int, list[str]]:
-    """Number of a training image → why its label is suspected; table: of `notebook_support.list_suspects`."""
+def suspects_of(table: pd.DataFrame | None) -> Notes:
+    """Why the labels of training images are suspected; table: of `notebook_support.list_suspects`."""
     rows = [] if table is None else table.to_dict("records")
     return {
-        int(row["index"]): [f"suspect {place} of {len(rows)}: {row['reason'].removesuffix('?')}"]
+        int(row["index"]): [Note(f"suspect {place}", f"suspect {place} of {len(rows)}: {row['reason']}")]
         for place, row in enumerate(rows, 1)
     }
 
 
-def merged(*parts: dict[int, list[str]]) -> dict[int, list[str]]:
+def merged(*parts: Mapping[int, list[Note]]) -> Notes:
     """All notes of each image."""
-    return {key: [note for part in parts for note in part.get(key, [])] for key in {*parts[0], *parts[-1]}}
+    images = {number for part in parts for number in part}
+    return {number: [note for part in parts for note in part.get(number, [])] for number in images}
 
 
 def to_judge(table: pd.DataFrame | None, count: int) -> list[dict[str, Any]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 
 from influence_functions._support import atomic_path
 
 from .bundle import WEB, bundle
 from .payload import Payload
+
+SHEET = re.compile(r"explorer-(test|train)-\d+\.jpg")
 
 
 def write_page(payload: Payload, folder: str | Path) -> list[Path]:
@@ -40,7 +43,7 @@ def write_page(payload: Payload, folder: str | Path) -> list[Path]:
         page = before + text + after
     with atomic_path(target / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for old in {*target.glob("explorer-*.jpg")} - {*written}:
+    for old in {file for file in target.iterdir() if SHEET.fullmatch(file.name)} - {*written}:
         old.unlink()
     return [target / "index.html", *written]
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from .album import Album, pack
 from .groups import Confusion, confusions
-from .notes import merged, near_duplicates_of, suspects_of, to_judge
-from .pictures import class_names_of, numbers_of
+from .notes import Notes, merged, near_duplicates_of, suspects_of, to_judge
+from .pictures import class_names_of, levels_of, numbers_of
 from .rankings import KINDS, SHOWN, TOP, Rankings, most_moved, rank
-from .sheets import Sheets
+from .sheets import Sheets, make_sheets
 from .sources import Given, Labels, check_data, open_trainings
 from .still import draw_still
 
@@ -30,7 +30,7 @@ class Extras:
 
     near_duplicates, suspects: tables as in data/near-duplicates.csv and of `notebook_support.list_suspects`, which name
     images by their number in the whole data set. removals: what retraining without images gave (`tools/explore.py`).
-    words: what the reader is told: "title", and "about", a list of sentences.
+    words: what the reader is told: "title", "about" (a list of sentences), "choice" (how the test images were chosen).
     """
 
     near_duplicates: pd.DataFrame | None = None
@@ -38,7 +38,7 @@ class Extras:
     removals: Sequence[Mapping[str, Any]] = ()
     words: Mapping[str, Any] = field(default_factory=dict)
 
-    def notes(self, role: str) -> dict[int, list[str]]:
+    def notes(self, role: str) -> Notes:
         """Number of a train or test image → what the tables say of it."""
         twins = near_duplicates_of(self.near_duplicates, role)
         return merged(twins, suspects_of(self.suspects) if role == "train" else {})
@@ -66,43 +66,74 @@ def gather(
 ) -> Payload:
     """What the explorer shows of the scores of one training, or of several, one `Influences` (or its file) each.
 
-    train, test: the data that the scores were computed on, in any of the ways of `pixels_of`. probabilities (t, m, C):
-    what the model of each training says of the test images asked; (m, C) of a single one. Raises FileNotFoundError for
-    a missing file, ValueError where scores, data and probabilities do not belong together.
+    train, test: the data that the scores were computed on (see `read_images`). probabilities (t, m, C): what the model
+    of each training says of the test images asked; (m, C) of a single one. Raises FileNotFoundError for a missing
+    file, ValueError where scores, data and probabilities do not belong together.
     """
     labels, trainings = open_trainings(influences)
     check_data(labels, train, test)
-    names, known = class_names_of(train, [labels.trains, labels.tests]), extras or Extras()
-    said = _checked(probabilities, (len(trainings), len(labels.tests), len(names)))
-    ranked = rank(trainings)
-    cells = [] if said is None else confusions(ranked.mean, labels.tests, said.mean(0).argmax(1))
+    said, known = _checked(probabilities, (len(trainings), len(labels.tests))), extras or Extras()
+    names = class_names_of(train, [labels.trains, labels.tests], None if said is None else said.shape[2])
+    ranked, says = rank(trainings), None if said is None else _Says.of(said)
+    cells = [] if says is None else confusions(ranked.mean, labels.tests, says.choices[-1, :, 0])
     judged, judged_at = _judged(known, train, labels)
     tests, shown = Album(test, "test", labels.test_indices, labels.tests), _shown(ranked, cells, judged_at)
     trains = Album(train, "train", shown, labels.trains[shown])
-    sheets = tests.sheets(), trains.sheets()
+    levels = levels_of([tests.images, trains.images])
+    pixels = tests.pixels(levels), trains.pixels(levels)
+    sheets = make_sheets(pixels[0]), make_sheets(pixels[1])
     data = {
         "words": dict(known.words),
         "classes": names,
-        "sizes": {"train": len(labels.trains), "trainings": ranked.trainings, "top": TOP, "shown": SHOWN},
+        "sizes": _sizes(ranked, len(labels.trains)),
         "tests": tests.about(known.notes("test"), sheets[0].layout()),
         "trains": trains.about(known.notes("train"), sheets[1].layout()),
-        "says": None if said is None else _says(said),
+        "says": says and says.packed(),
         **_lists(ranked, trains),
-        "confusions": [cell.grouped(trains) for cell in cells],
+        "confusions": [cell.grouped(trains, pixels[1]) for cell in cells],
         "suspects": [{**one, "train": int(place)} for one, place in zip(judged, trains.place(judged_at))],
         "removals": [dict(one) for one in known.removals],
     }
-    return Payload(data, *sheets, draw_still(tests, trains, ranked, names))
+    return Payload(data, *sheets, draw_still((tests, trains), pixels, ranked, names))
 
 
-def _checked(probabilities: NDArray[Any] | None, shape: tuple[int, int, int]) -> NDArray[Any] | None:
+def _checked(probabilities: NDArray[Any] | None, shape: tuple[int, int]) -> NDArray[Any] | None:
+    """(t, m, C) float32."""
     if probabilities is None:
         return None
     found = np.asarray(probabilities, np.float32)
     found = found[None] if found.ndim == 2 else found
-    if found.shape != shape or not np.allclose(found.sum(-1), 1, atol=1e-3) or found.min() < 0:
-        raise ValueError(f"probabilities must be {shape} (trainings, test images, classes) and sum to 1")
+    if found.ndim != 3 or found.shape[:2] != shape or found.shape[2] < 2:
+        raise ValueError(f"probabilities must be {shape} (trainings, test images) × two classes or more: {found.shape}")
+    if not np.allclose(found.sum(-1), 1, atol=1e-3) or found.min() < 0:
+        raise ValueError("probabilities must be from 0 and sum to 1 over the classes of each test image")
     return found
+
+
+def _sizes(ranked: Rankings, trains: int) -> dict[str, int]:
+    """To be among the first TOP means something only where there are many more; else `top` is 0: not counted."""
+    top = TOP if trains >= 10 * TOP else 0
+    return {"train": trains, "trainings": ranked.trainings, "top": top, "shown": SHOWN}
+
+
+@dataclass(frozen=True, eq=False)
+class _Says:
+    """Of each test image: choices (t, m, 2) and chances (t, m, 2), first and second of the mean of the first j + 1
+    trainings; own (t, m), what each training says alone.
+    """
+
+    choices: NDArray[Any]
+    chances: NDArray[Any]
+    own: NDArray[Any]
+
+    @classmethod
+    def of(cls, said: NDArray[Any]) -> _Says:
+        together = np.cumsum(said, axis=0) / np.arange(1, len(said) + 1)[:, None, None]
+        order = np.argsort(-together, axis=2, kind="stable")[..., :2]
+        return cls(order, np.take_along_axis(together, order, axis=2), said.argmax(2))
+
+    def packed(self) -> dict[str, Any]:
+        return {name: pack(getattr(self, name)) for name in ("choices", "chances", "own")}
 
 
 def _judged(known: Extras, train: Any, labels: Labels) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
@@ -117,15 +148,6 @@ def _shown(ranked: Rankings, cells: Sequence[Confusion], judged: NDArray[np.int6
     """Ascending indices of all training images that are shown anywhere."""
     parts = [*(part.ravel() for part in ranked.lists.values()), *(cell.pushers for cell in cells), judged]
     return np.unique(np.concatenate(parts))
-
-
-def _says(said: NDArray[Any]) -> dict[str, Any]:
-    """The first and second choice of the mean of the first j + 1 trainings (t, m), and each training's own choice."""
-    together = np.cumsum(said, axis=0) / np.arange(1, len(said) + 1)[:, None, None]
-    order = np.argsort(-together, axis=2, kind="stable")[..., :2]
-    chances = np.take_along_axis(together, order, axis=2)
-    own = {"own": pack(said.argmax(2))}
-    return own | {"choices": pack(order), "chances": pack(chances)}
 
 
 def _lists(ranked: Rankings, trains: Album) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from influence_functions import Influences
 from influence_functions.data import as_source
+
+from .pictures import labels_of
 
 Given = Influences | str | Path
 
@@ -83,7 +84,7 @@ def open_trainings(influences: Given | Sequence[Given]) -> tuple[Labels, list[Tr
 
 
 def check_data(labels: Labels, train: Any, test: Any) -> None:
-    """ValueError where the scores were not computed on this data."""
+    """ValueError where the scores were not computed on data of this size."""
     sizes = as_source(train, "train").size, as_source(test, "test").size
     if sizes[0] != len(labels.trains):
         raise ValueError(
@@ -92,18 +93,18 @@ def check_data(labels: Labels, train: Any, test: Any) -> None:
         )
     if (last := int(labels.test_indices.max())) >= sizes[1]:
         raise ValueError(f"the influences are of test image {last}, the test data has {sizes[1]:,} images")
-    check_labels_at(train, np.arange(sizes[0]) if hasattr(train, "labels") else np.arange(1), labels.trains, "train")
-    check_labels_at(test, labels.test_indices, labels.tests, "test")
+    numbers, counts = np.unique(labels.test_indices, return_counts=True)
+    if counts.max() > 1:
+        raise ValueError(f"test image {numbers[counts.argmax()]} was asked about twice; pass each index once")
 
 
 def check_labels_at(data: Any, indices: NDArray[np.int64], labels: NDArray[np.int64], role: str) -> None:
     """ValueError where the images of `data` at `indices` have other labels than these."""
-    own = getattr(data, "labels", None)
-    found = as_source(data, role).batch(torch.from_numpy(indices))[1] if own is None else torch.as_tensor(own)[indices]
-    wrong = np.flatnonzero(np.asarray(found) != labels[: len(found)])
+    found = labels_of(data, indices, role)
+    wrong = np.flatnonzero(found != labels)
     if wrong.size:
-        at = int(indices[wrong[0]])
+        at = wrong[0]
         raise ValueError(
-            f"{role} image {at} is labelled {int(found[wrong[0]])} in the data and {int(labels[wrong[0]])} in the "
-            "influences: they were computed on other data, or on other labels"
+            f"{role} image {indices[at]} is labelled {found[at]} in the data and {labels[at]} in the influences: they "
+            "were computed on other data, or on other labels"
         )

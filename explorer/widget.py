@@ -13,7 +13,7 @@ import traitlets
 from numpy.typing import NDArray
 from torch import nn
 
-from influence_functions.data import as_source
+from influence_functions.data import as_source, call, moved
 from influence_functions.private import private_copy
 from influence_functions.scores import Models, models_of
 
@@ -63,18 +63,19 @@ def explore(
 
     influences: of `compute_influences`; or a list of them (or of files that `Influences.save` wrote), one for each of
     several trainings, which adds the slider and the counts of how many trainings agree. train, test: the data that
-    they were computed on; images of any size, with one or three channels. model: the model, or the list of them, for
-    what they say of the test images, which right and wrong answers and the confusion matrix need.
+    they were computed on; images of any size, with one or three channels. model: the model, or the list of them in the
+    order of their influences (which nobody can check), for what they say of the test images: right and wrong answers
+    and the confusion matrix need it. Several models of one `Influences`, which averages over them, are averaged too.
 
     Raises FileNotFoundError for a missing file, ValueError where scores, data and models do not belong together.
     """
     labels, trainings = open_trainings(influences)
     models = [] if model is None else models_of(model)
-    if models and len(models) != len(trainings):
-        raise ValueError(
-            f"there are influences of {len(trainings)} trainings and {len(models)} models: pass one for each"
-        )
+    if models and len(models) != len(trainings) != 1:
+        raise ValueError(f"there are influences of {len(trainings)} trainings and {len(models)} models: one for each")
     said = probabilities_of(models, test, labels.test_indices) if models else None
+    if said is not None and len(trainings) == 1:
+        said = said.mean(0, keepdims=True)
     return Explorer(gather(influences, train, test, said, extras))
 
 
@@ -83,17 +84,14 @@ def probabilities_of(models: Sequence[nn.Module], test: Any, indices: NDArray[np
     source, found = as_source(test, "test"), []
     for model in models:
         private = private_copy(model, torch.device("cpu"))
+        like = next(private.parameters())
         with torch.no_grad():
-            parts = [_outputs(private, source.batch(part)[0]) for part in torch.from_numpy(indices).split(CHUNK)]
-        found.append(torch.cat(parts).softmax(1).numpy())
+            parts = torch.from_numpy(indices).split(CHUNK)
+            outputs = torch.cat([call(private, moved(source.batch(part)[0], like)) for part in parts])
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise ValueError(
+                f"the explorer understands models of two classes or more, which give (samples, classes), not "
+                f"{tuple(outputs.shape)}; leave model= out"
+            )
+        found.append(outputs.float().softmax(1).numpy())
     return np.stack(found)
-
-
-def _outputs(model: nn.Module, inputs: Any) -> torch.Tensor:
-    """(b, C) logits of images."""
-    if not isinstance(inputs, torch.Tensor):
-        raise ValueError(f"test inputs must be one image each, to be shown, not {type(inputs).__name__}")
-    outputs = model(inputs.to(next(model.parameters()).dtype))
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2:
-        raise ValueError("the explorer understands models that give a tensor (samples, classes); leave model= out")
-    return outputs.float()

@@ -19,9 +19,10 @@ from torch import nn
 
 import explorer
 import notebook_support as ns
+from explorer.album import pack
 from explorer.bundle import WEB, bundle
 from explorer.groups import look_alikes, looks
-from explorer.pictures import pixels_of
+from explorer.pictures import levels_of, read_images, to_pixels
 from explorer.rankings import first_of
 from influence_functions import CorruptFileError, Influences, compute_influences
 from influence_functions.metrics import count_top_images
@@ -143,12 +144,12 @@ def test_the_tables_become_notes_and_suspects(explored):
     assert all(numbers[one["train"]] == one["number"] for one in data["suspects"])
     noted = {int(numbers[int(place)]): notes for place, notes in data["trains"]["notes"].items()}
     first = int(suspects["index"][0])
-    assert any(note.startswith("suspect 1 of 40: ") for note in noted[first])
+    assert any(note["text"].startswith("suspect 1 of 40: ") for note in noted[first])
     pairs = explored.extras.near_duplicates
     assert len(pairs), "a case in which there are near-duplicates"
     twins = {int(p["index_a"]) for p in pairs.to_dict("records") if p["set_a"] == "train"} & {*numbers.tolist()}
     assert twins
-    assert all(any("picture as" in note for note in noted[twin]) for twin in twins)
+    assert all(any("picture as" in note["text"] for note in noted[twin]) for twin in twins)
 
 
 def test_the_same_input_gives_the_same_bytes(explored, tmp_path):
@@ -206,20 +207,112 @@ def test_images_of_any_size_with_one_or_three_channels(shape, kind, tmp_path):
     assert shown.data["classes"] == (
         ["left", "right", "up"] if kind == "data set" else ["class 0", "class 1", "class 2"]
     )
-    assert shown.data["sizes"] == {"train": 40, "trainings": 1, "top": 10, "shown": 5}
+    assert shown.data["sizes"] == {"train": 40, "trainings": 1, "top": 0, "shown": 5}
     assert shown.data["steady"] == {"helpful": [], "harmful": []}
-    pixels = pixels_of(data, np.arange(2), "train")
+    pixels = to_pixels(read_images(data, np.arange(2), "train"), (0.0, 1.0))
     assert pixels.dtype == np.uint8
     if max(height, width) <= 128:
         wanted = (images[:2] * 255).round().reshape(2, -1, height, width).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         assert np.abs(pixels.astype(float) - wanted.numpy()).max() <= 1
 
 
-@pytest.mark.parametrize(("low", "high", "black", "white"), [(0, 1, 0, 255), (-1, 1, 0, 255), (-3, 5, 0, 255)])
-def test_levels_of_floats_are_found(low, high, black, white):
-    images = torch.linspace(low, high, 64).reshape(1, 1, 8, 8)
-    pixels = pixels_of((images, torch.zeros(1).long()), np.array([0]), "test")
-    assert (pixels.min(), pixels.max()) == (black, white)
+@pytest.mark.parametrize(
+    ("images", "levels"),
+    [
+        (torch.linspace(0, 1, 64), (0, 1)),
+        (torch.linspace(-1, 1, 64), (-1, 1)),
+        (torch.linspace(0, 255, 64), (0, 255)),
+        (torch.arange(64), (0, 255)),
+        (torch.arange(64) % 2, (0, 1)),
+        (torch.arange(64) * 1000, (0, 65_535)),
+        (torch.tensor([*np.linspace(-2, 2, 999).tolist(), 1e6]), (-2, 2)),
+    ],
+    ids=["0..1", "−1..1", "0..255 floats", "bytes", "mask", "16 bits", "standardised, an outlier"],
+)
+def test_levels_are_found(images, levels):
+    assert levels_of([images, images[:5]]) == pytest.approx(levels, abs=0.05)
+
+
+def test_pixels_of_nan_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinity in their pixels"):
+        levels_of([torch.tensor([0.0, np.nan])])
+
+
+def test_noise_can_be_packed():
+    """Pillow gives up where a JPEG is larger than it expects."""
+    images, labels = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+    data = images, labels
+    assert explorer.gather(compute_influences(model, data, data, range(100)), data, data).test.files
+
+
+def test_of_a_few_images_there_are_short_lists_and_no_counts():
+    data = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    shown = explorer.gather(compute_influences(model, data, data), data, data)
+    assert unpack(shown.data["lists"]["helpful"]["train"]).shape == (1, 3, 3)
+    assert shown.data["sizes"]["top"] == 0, "the first ten of three mean nothing"
+
+
+def test_a_model_is_called_as_the_engine_calls_it():
+    """Whole numbers stay whole, and logits may come in a dict."""
+
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            assert x.dtype == torch.uint8
+            return {"logits": self.linear(x.flatten(1) / 255)}
+
+    torch.manual_seed(0)
+    model, images = Careful(), torch.randint(0, 256, (120, 1, 8, 8), dtype=torch.uint8)
+    data = images, torch.arange(120) % 3
+    shown = ns.explore(compute_influences(model, data, data, [4, 2]), data, data, model)
+    wanted = model(images[[4, 2]])["logits"].softmax(1).detach().numpy()
+    np.testing.assert_allclose(unpack(shown.data["says"]["chances"])[0], -np.sort(-wanted, axis=1)[:, :2], rtol=1e-5)
+
+
+def test_a_part_in_a_loader_keeps_names_and_numbers():
+    images, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 3
+    whole = Pictures(images, labels)
+    part = torch.utils.data.Subset(torch.utils.data.Subset(whole, range(10, 40)), range(5, 25))
+    loader = torch.utils.data.DataLoader(part, batch_size=4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    shown = ns.explore(compute_influences(model, loader, part, [3]), loader, part, model)
+    assert shown.data["classes"] == ["left", "right", "up"]
+    assert unpack(shown.data["tests"]["number"]).tolist() == [18]
+    assert 15 <= unpack(shown.data["trains"]["number"]).min()
+
+
+def test_outputs_beyond_the_labels_and_names_that_are_none():
+    data = Pictures(torch.rand(30, 1, 4, 4), torch.arange(30) % 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
+    found = compute_influences(model, data, data, [0])
+    with pytest.raises(ValueError, match="names 3 classes, but the model has 10 outputs"):
+        ns.explore(found, data, data, model)
+    for odd in (7, {"a": 0}, np.array([1, 2])):
+        data.classes = odd
+        assert ns.explore(found, data, data, model).data["classes"] == [f"class {k}" for k in range(10)]
+    data.classes = np.array(["a", "b"])
+    assert ns.explore(found, data, data).data["classes"] == ["a", "b"]
+    data.labels = ["x"] * 30
+    assert ns.explore(found, data, data).data["classes"] == ["a", "b"], "labels that are no numbers are not its labels"
+
+
+def test_models_that_one_result_averages_over_are_averaged(explored):
+    both = compute_influences(explored.models[:2], explored.train, explored.test, [5, 9])
+    shown = ns.explore(both, explored.train, explored.test, explored.models[:2])
+    wanted = torch.stack([ns.evaluate(m, explored.test).probabilities[[5, 9]] for m in explored.models[:2]]).mean(0)
+    np.testing.assert_allclose(unpack(shown.data["says"]["chances"])[0], wanted.topk(2).values.numpy(), rtol=1e-4)
+
+
+def test_numbers_that_do_not_fit_are_not_wrapped():
+    with pytest.raises(ValueError, match="must lie in"):
+        pack(np.array([-1]))
+    with pytest.raises(ValueError, match="must lie in"):
+        pack(np.array([2**33]))
 
 
 def test_a_part_of_a_data_set_shows_the_numbers_of_the_whole(explored):
@@ -273,8 +366,12 @@ def scores_with(explored: SimpleNamespace, **changes: object) -> Influences:
         ),
         (lambda e: (scores_with(e, scores=e.influences[0].scores * np.nan), e.train, e.test), "NaN or infinity"),
         (lambda e: (scores_with(e, train_labels=np.zeros(600)), e.train, e.test), "shows classes"),
-        (lambda e: (e.influences, e.train, e.test, e.probabilities[:2]), "probabilities must be (4, 60, 10)"),
+        (lambda e: (e.influences, e.train, e.test, e.probabilities[:2]), "probabilities must be (4, 60)"),
         (lambda e: (e.influences, e.train, e.test, e.probabilities * 2), "sum to 1"),
+        (
+            lambda e: (scores_with(e, test_indices=np.full(60, 7)), e.train, e.test),
+            "image 7 was asked about twice",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -292,7 +389,7 @@ def test_a_damaged_file_is_named(explored, tmp_path):
 
 
 def test_models_must_be_one_for_each_training(explored):
-    with pytest.raises(ValueError, match="4 trainings and 1 models"):
+    with pytest.raises(ValueError, match="4 trainings and 1 models: one for each"):
         ns.explore(explored.influences, explored.train, explored.test, explored.models[0])
 
 
@@ -306,7 +403,7 @@ def test_what_cannot_be_shown_is_told_so():
 def test_names_for_too_few_classes_are_told_so():
     data = Pictures(torch.rand(20, 1, 4, 4), torch.arange(20) % 4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    with pytest.raises(ValueError, match="3 class names for labels up to 3"):
+    with pytest.raises(ValueError, match="the data names 3 classes, but there are labels up to 3"):
         ns.explore(compute_influences(model, data, data, [0]), data, data)
 
 

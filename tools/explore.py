@@ -38,6 +38,7 @@ CONFIG = ns.TrainConfig()
 DATA, DOCS = ROOT / "data", ROOT / "docs"
 RIGHT, LEAST = 0.4, 2  # share of right answers among the test images of a class; images of each kind of mistake
 TITLE = "Who taught the machine?"
+CHOSEN_BY = "chosen by the scores of the first network alone (the mean of five checkpoints of its training)"
 REMOVED, SEEDS, ASKED = 500, range(200, 203), range(1_000)  # as in section 3 of retraining.ipynb
 Removal = tuple[list[NDArray[Any]], NDArray[Any]]
 ABOUT = (
@@ -46,8 +47,9 @@ ABOUT = (
     "had the network been trained without that image: above 0 the image helped, below 0 it harmed.",
     "It is an estimate. Groups of images and averages over trainings carry over to the next training; the rank of a "
     "single image does so only in part, which is what the slider shows.",
-    "A harmful image is not a wrong one: most are rightly labelled, and look like another class.",
+    "A harmful image need not be a wrong one: without it the right answer should be surer, no more.",
 )
+CHOICE = "The photographs were chosen to show every kind of mistake: the numbers do not tell how often one happens."
 
 
 def choose_tests(
@@ -143,7 +145,7 @@ def removals(
     """
     rows = []
     for image in dict.fromkeys(image for image, _ in outcomes):
-        row = {"test": image, "removed": REMOVED, "nothing": _rounded(asked.odds[:, image])}
+        row = {"test": image, "removed": REMOVED, "by": CHOSEN_BY, "nothing": _rounded(asked.odds[:, image])}
         for kind in ("helpful", "harmful", "random"):
             outs, odds = outcomes[image, kind]
             foretold = np.mean([-mean[image][out].sum() for out in outs])
@@ -173,7 +175,7 @@ def make_payload(trainings: int, per_class: int, scores: Path) -> Payload:
         pd.read_csv(DATA / "near-duplicates.csv"),
         pd.read_csv(DATA / "suspects.csv"),
         removals(retrained(data, left_out), dict(zip(again, rows)), asked),
-        {"title": TITLE, "about": ABOUT},
+        {"title": TITLE, "about": ABOUT, "choice": CHOICE},
     )
     return gather(files, train, test, asked.probabilities[:, tests], extras)
 

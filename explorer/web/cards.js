@@ -5,24 +5,19 @@ function agreement(count, data) {
   return `in the top ${data.sizes.top} of ${count} of ${data.sizes.trainings}`;
 }
 
-/** The two or three words that a card has room for, of a longer note. */
-function badge(note) {
-  return note.startsWith("suspect") ? note.split(" of ")[0] : note.startsWith("the same") ? "copy" : "near-copy";
-}
-
 /** Training images as cards to click; rows: [{train, score, agree}], agree only where it is known. */
 export function trainingCards(rows, { data, tiles, go, decimals }) {
   const digits = decimals ?? decimalsFor(rows.map((row) => row.score));
   const card = ({ train, score, agree }) => {
     const notes = data.trains.notes(train);
-    const several = data.sizes.trainings > 1 && agree !== undefined;
+    const several = data.sizes.trainings > 1 && data.sizes.top > 0 && agree !== undefined;
     const steady = several && 2 * agree >= data.sizes.trainings;
     const name = `#${data.trains.number(train)}`;
     const words = [
       `training image ${data.trains.number(train)}, ${data.trains.className(train)}`,
       `score ${signed(score, digits)}`,
       ...(several ? [`${agreement(agree, data)} trainings`] : []),
-      ...notes,
+      ...notes.map((note) => note.text),
     ];
     return h(
       "li",
@@ -43,7 +38,7 @@ export function trainingCards(rows, { data, tiles, go, decimals }) {
         h("span", {}, data.trains.className(train)),
         h("span", { class: "quiet" }, name),
         several && h("span", { class: steady ? "" : "quiet" }, `${agree} of ${data.sizes.trainings}`),
-        notes.map((note) => h("span", { class: "badge" }, badge(note))),
+        notes.map((note) => h("span", { class: "badge" }, note.badge)),
       ),
     );
   };
@@ -90,7 +85,7 @@ export function title(text) {
 
 /** Notes as a list of sentences; nothing where there are none. */
 export function noteList(notes) {
-  const sentences = notes.map((note) => `${note[0].toUpperCase()}${note.slice(1)}.`);
+  const sentences = notes.map(({ text }) => `${text[0].toUpperCase()}${text.slice(1)}.`);
   return (
     notes.length > 0 &&
     h(

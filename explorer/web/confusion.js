@@ -1,9 +1,5 @@
 import { testCards, title, trainingCards } from "./cards.js";
-import { counted, decimalsFor, h, moveByArrows, percent, signed } from "./dom.js";
-
-const RULES =
-  "Rows: what it is. Columns: what the model says. The numbers count the photographs on this page, which were chosen to " +
-  "show every kind of mistake: they do not tell how often it happens.";
+import { counted, decimalsFor, h, signed } from "./dom.js";
 
 /** The cells with photographs: "label,said" → how many. */
 function counts(data) {
@@ -34,7 +30,7 @@ function makeMatrix({ data, go }) {
         tabindex: "-1",
         style: `--strength:${strength}%`,
         "data-pair": `${label},${said}`,
-        "aria-label": `${counted(count, data.classes[label])} called ${data.classes[said]}`,
+        "aria-label": `${counted(count, "photograph")} of ${data.classes[label]} called ${data.classes[said]}`,
         onclick: () =>
           right ? go({ view: "photograph", label, answer: "right", ...firstOf(label) }) : go({ pair: [label, said] }),
       },
@@ -78,7 +74,9 @@ function makeMatrix({ data, go }) {
   table.addEventListener("focusin", (event) => choose(event.target));
   moveInMatrix(table, buttons);
   const mark = (pair) =>
-    buttons.forEach((one) => one.setAttribute("aria-pressed", String(one.dataset.pair === String(pair))));
+    buttons
+      .filter((one) => new Set(one.dataset.pair.split(",")).size === 2)
+      .forEach((one) => one.setAttribute("aria-pressed", String(one.dataset.pair === String(pair))));
   return { table, mark };
 }
 
@@ -103,22 +101,23 @@ function showCell(confusion, context) {
   const { data } = context;
   const [label, said] = [confusion.label, confusion.said].map((one) => data.classes[one]);
   const all = confusion.groups.flatMap((group) => group.scores);
-  const whole = all.reduce((sum, score) => sum + score, 0);
   const decimals = decimalsFor(all);
+  const few = confusion.tests.length < 3 ? " So few photographs are an example, and not a rule." : "";
   const over = confusion.tests.length === 1 ? "this photograph" : `all ${confusion.tests.length} photographs`;
   const group = ({ trains, scores }, k) => {
     const push = scores.reduce((sum, score) => sum + score, 0);
-    const what = counted(trains.length, data.trains.className(trains[0]));
+    const what = `${trains.length} × ${data.trains.className(trains[0])}, together ${signed(push, decimals)}`;
+    const rows = trains.map((train, j) => ({ train, score: scores[j] }));
     return h(
       "section",
       { class: "harmful group", "aria-label": `Group ${k + 1}` },
-      h("h4", {}, `${what}, together ${signed(push, decimals)} (${percent(push / whole)} of these ${all.length})`),
-      trainingCards(
-        trains.map((train, j) => ({ train, score: scores[j] })),
-        { ...context, decimals },
-      ),
+      h("h4", {}, what),
+      trainingCards(rows, { ...context, decimals }),
     );
   };
+  const task =
+    `The ${all.length} training images that harm the right answer most, on the mean over ${over}, in groups of ` +
+    `look-alikes. Without them the right answer should be surer.${few}`;
   return [
     title(`${label} taken for ${said}`),
     h("h3", {}, counted(confusion.tests.length, "photograph")),
@@ -131,13 +130,7 @@ function showCell(confusion, context) {
       ),
     ),
     h("h3", {}, "The training images that push this confusion"),
-    all.length
-      ? h(
-          "p",
-          {},
-          `Those most harmful on the mean over ${over}, grouped by how they look. Without them the right answer should be surer.`,
-        )
-      : h("p", {}, "No training image is harmful on the mean over them."),
+    h("p", {}, all.length ? task : `No training image is harmful on the mean over ${over}.`),
     confusion.groups.map(group),
   ];
 }
@@ -145,36 +138,27 @@ function showCell(confusion, context) {
 /** The confusion matrix and what is behind a cell. */
 export function makeConfusion(context) {
   const { data } = context;
-  const known = data.confusions.length > 0;
-  const matrix = known ? makeMatrix(context) : null;
+  const why = data.says ? "The model makes no mistake here." : "What the model says was not given: pass the model.";
+  const matrix = data.confusions.length ? makeMatrix(context) : null;
   const detail = h("div", { class: "detail" });
-  const element = known
+  const rules = `Rows: what it is. Columns: what the model says. ${data.words.choice ?? ""}`;
+  const element = matrix
     ? h(
         "div",
         { class: "columns matrices" },
-        h("div", {}, h("p", { class: "quiet" }, RULES), h("div", { class: "scroll" }, matrix.table)),
+        h("div", {}, h("p", { class: "quiet" }, rules), h("div", { class: "scroll" }, matrix.table)),
         detail,
       )
-    : h("div", {}, title("Confusions"), h("p", {}, "What the model says is not known here, or it makes no mistake."));
-  function update(state) {
-    if (!known) return;
-    const found =
-      state.pair && data.confusions.find((one) => one.label === state.pair[0] && one.said === state.pair[1]);
-    matrix.mark(state.pair);
-    detail.replaceChildren(
-      ...(found
-        ? showCell(found, context).flat()
-        : [
-            title("Confusions"),
-            h(
-              "p",
-              {},
-              state.pair
-                ? "No photograph here shows this mistake."
-                : "Click a number: which training images push this mistake?",
-            ),
-          ]),
-    );
+    : h("div", {}, title("Confusions"), h("p", {}, why));
+
+  function update({ pair }) {
+    if (!matrix) return;
+    matrix.mark(pair);
+    const found = pair && data.confusions.find((one) => one.label === pair[0] && one.said === pair[1]);
+    const hint = pair
+      ? "No photograph here shows this mistake."
+      : "Click a number: which training images push this mistake?";
+    detail.replaceChildren(...(found ? showCell(found, context).flat() : [title("Confusions"), h("p", {}, hint)]));
   }
   return { element, update };
 }

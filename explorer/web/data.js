@@ -40,6 +40,11 @@ function table(fields) {
   };
 }
 
+/** Of rows that are sorted by score those that really help, or harm: of a few images the last may do the opposite. */
+function ofSign(kind, rows) {
+  return rows.filter(({ score }) => (kind === "helpful" ? score > 0 : score < 0));
+}
+
 /** What `gather` of payload.py made, in the words of the views; trainings are counted from 1. */
 export function openData(packed) {
   const { classes, sizes } = packed;
@@ -54,10 +59,10 @@ export function openData(packed) {
     ...packed,
     tests,
     trains: album(packed.trains, classes),
-    /** The training images that help, or harm, a test image most by the mean of the first `trainings`. */
-    list: (kind, trainings, test) => lists[kind](trainings - 1, test),
+    /** The training images that help, or harm, a test image most by the mean of the first `trainings`; 5 at most. */
+    list: (kind, trainings, test) => ofSign(kind, lists[kind](trainings - 1, test)),
     /** The test images that a training image helps, or harms, most. */
-    moved: (kind, train) => moved[kind](train),
+    moved: (kind, train) => ofSign(kind, moved[kind](train)),
     /** First and second choice of the first `trainings` together, and how many of them choose the first. */
     says: (trainings, test) => {
       if (!choices) return null;

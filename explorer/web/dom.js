@@ -14,11 +14,6 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** "an automobile". */
-export function withArticle(noun) {
-  return `${/^[aeiou]/i.test(noun) ? "an" : "a"} ${noun}`;
-}
-
 /** "1 photograph", "5 photographs". */
 export function counted(count, noun) {
   return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;

@@ -32,7 +32,8 @@ export function makeGallery({ data, tiles, go }) {
   const shown = () => options.filter((option) => !option.hidden);
   const columns = () => {
     const all = shown();
-    return all.findIndex((option) => option.offsetTop !== all[0].offsetTop) + (all.length ? 0 : 1) || 1;
+    const second = all.findIndex((option) => option.offsetTop !== all[0].offsetTop);
+    return second < 0 ? all.length : second; // of a single row there is no way down
   };
   moveByArrows(list, shown, columns, (option) => option.click());
 
@@ -89,7 +90,7 @@ export function makeGallery({ data, tiles, go }) {
     "div",
     { class: "filters" },
     h("label", {}, "Class ", classes),
-    known.length > 1 && h("label", {}, "Answer ", answers),
+    known.length > 1 && h("label", {}, "Show ", answers),
   );
   return { element: h("div", { class: "chooser" }, filters, count, list), update };
 }

@@ -1,5 +1,5 @@
 import { title, trainingCards } from "./cards.js";
-import { counted, h, withArticle } from "./dom.js";
+import { counted, h } from "./dom.js";
 
 export const OFFERED = 6;
 
@@ -24,24 +24,27 @@ export function shuffled(values, random) {
   return found;
 }
 
+/** The places of the training images of each class. */
+function byClass({ trains, classes }) {
+  const members = classes.map(() => []);
+  for (let train = 0; train < trains.size; train += 1) members[trains.label(train)].push(train);
+  return members;
+}
+
 /**
  * The most helpful training image of a test image among five others of its class, in an order of their own; null where
- * there are not so many. None of the others helps this test image among the first, whoever is asked.
+ * there are not so many. None of the others is on a list of this test image, whoever is asked.
  */
-export function question(test, data) {
+export function question(test, data, members) {
   const random = randomFrom(data.tests.number(test) + 1);
   const [best] = data.list("helpful", data.sizes.trainings, test);
+  if (!best) return null;
   const near = new Set([best.train]);
   for (let k = 1; k <= data.sizes.trainings; k += 1)
     data.list("helpful", k, test).forEach((row) => near.add(row.train));
-  const others = Array.from({ length: data.trains.size }, (_, train) => train).filter((train) => !near.has(train));
-  const alike = shuffled(others, random).sort(
-    (a, b) =>
-      Number(data.trains.label(a) !== data.trains.label(best.train)) -
-      Number(data.trains.label(b) !== data.trains.label(best.train)),
-  );
-  if (alike.length < OFFERED - 1) return null;
-  return { best, offered: shuffled([best.train, ...alike.slice(0, OFFERED - 1)], random) };
+  const others = members[data.trains.label(best.train)].filter((train) => !near.has(train));
+  if (others.length < OFFERED - 1) return null;
+  return { best, offered: shuffled([best.train, ...shuffled(others, random).slice(0, OFFERED - 1)], random) };
 }
 
 /** Guess first: which of six photographs helped most? The score runs on while the page is open. */
@@ -49,10 +52,12 @@ export function makeGuess(context) {
   const { data, tiles, go } = context;
   const element = h("div", { class: "detail" });
   const done = new Map();
+  const members = byClass(data);
   const order = shuffled(
     Array.from({ length: data.tests.size }, (_, test) => test),
     randomFrom(1),
   );
+  let offered = [];
 
   const score = () => {
     const right = [...done.values()].filter(Boolean).length;
@@ -60,38 +65,38 @@ export function makeGuess(context) {
     return `${right} right of ${done.size}; blind guessing would get ${(done.size / OFFERED).toFixed(1)}.`;
   };
 
-  function answered(test, asked, train, right) {
-    if (!done.has(test)) done.set(test, right);
+  /** The next photograph that was not guessed yet and has a question. */
+  const next = () => order.find((test) => !done.has(test) && question(test, data, members)) ?? order[0];
+
+  function answered(asked, right) {
     const words = right ? "Right." : `No: it was number ${asked.offered.indexOf(asked.best.train) + 1}.`;
-    const next = order[(order.indexOf(test) + 1) % order.length];
     return [
       h("p", { class: "verdict", tabindex: "-1" }, h("strong", {}, words)),
-      trainingCards([asked.best], context),
+      h("div", { class: "helpful" }, trainingCards([asked.best], context)),
       h(
         "p",
         {},
-        h("button", { type: "button", class: "main", onclick: () => go({ test: next }) }, "Next photograph"),
+        h("button", { type: "button", class: "main", onclick: () => go({ test: next() }) }, "Next photograph"),
         " ",
         h("button", { type: "button", onclick: () => go({ view: "photograph" }) }, "Show all that helped and harmed"),
       ),
     ];
   }
 
-  function update(state) {
-    const { test } = state;
-    const asked = question(test, data);
+  function update({ test }) {
+    const asked = question(test, data, members);
+    offered = [];
     if (!asked) {
-      element.replaceChildren(
-        title("Guess first"),
-        h("p", {}, "Too few training images are shown here to guess among."),
-      );
+      const why = "There are not six training images of one class here to guess among.";
+      element.replaceChildren(title("Guess first"), h("p", {}, why));
       return;
     }
     const running = h("p", { class: "quiet", role: "status" }, score());
     const verdict = h("div", { class: "answer" });
     const guess = (train, button) => {
       const right = train === asked.best.train;
-      verdict.replaceChildren(...answered(test, asked, train, right));
+      if (!done.has(test)) done.set(test, right);
+      verdict.replaceChildren(...answered(asked, right));
       for (const one of offered) {
         one.disabled = true;
         one.classList.toggle("best", Number(one.dataset.place) === asked.best.train);
@@ -100,7 +105,7 @@ export function makeGuess(context) {
       running.textContent = score();
       verdict.querySelector(".verdict").focus();
     };
-    const offered = asked.offered.map((train, k) =>
+    offered = asked.offered.map((train, k) =>
       h(
         "button",
         {
@@ -115,28 +120,17 @@ export function makeGuess(context) {
         h("span", {}, `${k + 1}`),
       ),
     );
-    element.onkeydown = (event) => {
-      const button = offered[Number(event.key) - 1];
-      if (button && !button.disabled && !event.ctrlKey && !event.metaKey && !event.altKey) button.click();
-    };
-    const name = withArticle(data.tests.className(test));
+    const whose = data.sizes.trainings > 1 ? `, by the mean of ${data.sizes.trainings} trainings` : "";
+    const task =
+      `Test image ${data.tests.number(test)}, ${data.tests.className(test)}. One of these six training images has the ` +
+      `highest score of all ${counted(data.sizes.train, "training image")} for it${whose}. Click it, or press its number.`;
     element.replaceChildren(
       title("Which of the six helped most?"),
       h(
         "div",
         { class: "head" },
         h("div", { class: "large" }, tiles.test(test)),
-        h(
-          "div",
-          {},
-          h(
-            "p",
-            {},
-            `Test image ${data.tests.number(test)}, ${name}. One of these six training images is the most `,
-            `helpful of all ${counted(data.sizes.train, "training image")} for it. Click it, or press its number.`,
-          ),
-          running,
-        ),
+        h("div", {}, h("p", {}, task), running),
       ),
       h(
         "ul",
@@ -146,5 +140,11 @@ export function makeGuess(context) {
       verdict,
     );
   }
-  return { element, update };
+
+  /** The number of a photograph was pressed. */
+  function key(pressed) {
+    const button = offered[Number(pressed) - 1];
+    if (button && !button.disabled) button.click();
+  }
+  return { element, update, key, enter: () => ({ test: next() }) };
 }

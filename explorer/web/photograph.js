@@ -1,8 +1,8 @@
 import { noteList, title, trainingCards } from "./cards.js";
-import { decimalsFor, h, percent, withArticle } from "./dom.js";
+import { decimalsFor, h, percent } from "./dom.js";
 import { removalPanel } from "./removals.js";
 
-export const KINDS = { helpful: "Most helpful", harmful: "Most harmful" };
+const KINDS = { helpful: "Most helpful", harmful: "Most harmful" };
 
 /** "All 10", "7 of the 10". */
 function votes(count, trainings) {
@@ -29,19 +29,18 @@ function choices(state, { data }) {
 }
 
 /** How far lists of so many trainings can be trusted, as measured. */
-function steadiness(trainings, data) {
-  const measured = data.steady.helpful.length;
+function steadiness(trainings, { steady, sizes }) {
+  const measured = sizes.top ? steady.helpful.length : 0;
   if (!measured) return "";
   const k = Math.min(trainings, measured);
-  const share = (kind) => `${percent(data.steady[kind][k - 1][0])} of the ${kind}`;
-  const who = k === 1 ? "another training has" : `${k} other trainings together have`;
-  const what = `Of five pictures shown, ${who} ${share("helpful")} and ${share("harmful")} among its first ten`;
-  const fixed = k === 1 ? what : what.replace("its first", "their first");
-  return k === trainings ? `${fixed}.` : `${fixed}; more than ${measured} cannot be compared with as many others.`;
+  const share = (kind) => `${percent(steady[kind][k - 1][0])} of the ${kind}`;
+  const whose = k === 1 ? "one training shows, another has" : `${k} trainings show together, ${k} others have`;
+  const found = `Of the ${sizes.shown} pictures that ${whose} ${share("helpful")} and ${share("harmful")} among the first ${sizes.top}.`;
+  return k === trainings ? found : `${found} More than ${measured} cannot be compared with as many others.`;
 }
 
 /** "One model … ten trainings". */
-export function slider(state, { data, go }) {
+function slider(state, { data, go }) {
   if (data.sizes.trainings < 2) return null;
   const text = state.trainings === 1 ? "one training alone" : `the mean of ${state.trainings} trainings`;
   return h(
@@ -69,12 +68,12 @@ function legend({ sizes }) {
   const parts = ["its score (what it adds to the right answer)", "its class", "its number in the training set"];
   const alone = `how many of the ${sizes.trainings} trainings, each alone, have it among their first ${sizes.top}`;
   const frame = " A solid frame: at least half of them do.";
-  const many = sizes.trainings > 1;
+  const many = sizes.trainings > 1 && sizes.top > 0;
   return `Below each picture: ${parts.join(", ")}${many ? `, and ${alone}.${frame}` : "."} Click one to see whom it taught.`;
 }
 
 /** The lists of one test image. */
-export function lists(state, context) {
+function lists(state, context) {
   const { data } = context;
   const rows = Object.fromEntries(
     Object.keys(KINDS).map((kind) => [kind, data.list(kind, state.trainings, state.test)]),
@@ -89,7 +88,7 @@ export function lists(state, context) {
       "section",
       { class: kind, "aria-label": `${name} training images` },
       h("h3", {}, `${name} training images`),
-      trainingCards(rows[kind], { ...context, decimals }),
+      rows[kind].length ? trainingCards(rows[kind], { ...context, decimals }) : h("p", {}, "None."),
     ),
   );
   return [...sections, h("p", { class: "quiet legend" }, legend(data))];
@@ -109,7 +108,7 @@ export function makePhotograph(context) {
 
   function update(state) {
     const other = current?.test !== state.test;
-    const name = `Test image ${data.tests.number(state.test)}: ${withArticle(data.tests.className(state.test))}`;
+    const name = `Test image ${data.tests.number(state.test)}: ${data.tests.className(state.test)}`;
     const said = choices(state, context);
     if (other) {
       head.replaceChildren(h("div", { class: "large" }, tiles.test(state.test)), h("div", {}, title(name), h("div")));

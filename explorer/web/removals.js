@@ -52,7 +52,44 @@ function verdict(removals) {
   const size = ratios.length ? ` and is ${Math.round(ratios[0])} to ${Math.round(ratios.at(-1))} times as large` : "";
   return (
     `Over the ${removals.length} photographs for which this was done the measured change goes the way foretold in ` +
-    `${agree.length} of ${pairs.length} cases${size}: the scores say who helps and who harms, not by how much a large group does.`
+    `${agree.length} of ${pairs.length} cases${size}: the sum of the scores says which way a large group pulls, not by ` +
+    "how much. Single networks scatter widely."
+  );
+}
+
+/** What was left out → the log-odds of each network, their mean, and the change against as many left out at random. */
+function outcomes(removal) {
+  const columns = ["left out", "log-odds of each network", "mean", "change measured", "change foretold"];
+  const cells = (kind) => {
+    const measured = kind === "nothing" ? removal.nothing : removal[kind].measured;
+    const change = kind === "helpful" || kind === "harmful" ? beyondRandom(removal, kind) : null;
+    return h(
+      "tr",
+      { class: kind },
+      h("th", { scope: "row" }, kind === "nothing" ? "nothing" : `${removal.removed} ${ROWS[kind]}`),
+      h("td", {}, measured.map((value) => signed(value, 1)).join("  ")),
+      h("td", {}, signed(mean(measured), 2)),
+      h("td", {}, change ? signed(change.measured, 2) : ""),
+      h("td", {}, change ? signed(change.foretold, 2) : ""),
+    );
+  };
+  return h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "group", "aria-label": "Log-odds of the right class, as a table" },
+    h(
+      "table",
+      { "aria-label": "Log-odds of the right class" },
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          columns.map((text) => h("th", { scope: "col" }, text)),
+        ),
+      ),
+      h("tbody", {}, Object.keys(ROWS).map(cells)),
+    ),
   );
 }
 
@@ -66,46 +103,18 @@ export function removalPanel(state, { data }) {
     measured: kind === "nothing" ? removal.nothing : removal[kind].measured,
     foretold: base + (kind in { helpful: 1, harmful: 1 } ? beyondRandom(removal, kind).foretold : 0),
   }));
-  const cells = (kind) => {
-    const { foretold, measured } = beyondRandom(removal, kind);
-    return h(
-      "tr",
-      { class: kind },
-      h("th", { scope: "row" }, `${removal.removed} ${ROWS[kind]}`),
-      h("td", {}, signed(foretold, 2)),
-      h("td", {}, signed(measured, 2)),
-      h("td", {}, `${removal[kind].measured.length}`),
-    );
-  };
   const whole = data.sizes.train.toLocaleString("en");
-  const what = `Change of the log-odds of the right class, against ${removal.removed} left out at random:`;
-  const columns = ["left out", "foretold", "measured (mean)", "trainings"];
+  const task =
+    `${removal.removed} of ${whole} training images${removal.by ? `, ${removal.by},` : ""} were left out, and networks ` +
+    "trained again from the start. Each dot is one network; a rhombus is what the scores foretell, counted from the mean " +
+    "of those without as many at random.";
   return h(
     "section",
     { class: "removal", "aria-label": "Train without them" },
     h("h3", {}, "Train without them: it was done"),
-    h(
-      "p",
-      {},
-      `${removal.removed} of ${whole} training images were left out, and networks trained again from the start. ` +
-        "Each dot is one network; a rhombus is what the scores foretold, counted from the mean without as many at random.",
-    ),
+    h("p", {}, task),
     chart(rows),
-    h("p", {}, what),
-    h(
-      "table",
-      { "aria-label": what },
-      h(
-        "thead",
-        {},
-        h(
-          "tr",
-          {},
-          columns.map((text) => h("th", { scope: "col" }, text)),
-        ),
-      ),
-      h("tbody", {}, ["harmful", "helpful"].map(cells)),
-    ),
+    outcomes(removal),
     h("p", { class: "quiet" }, verdict(data.removals)),
   );
 }

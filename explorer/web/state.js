@@ -5,7 +5,14 @@ export const VIEWS = {
   suspects: "Suspects",
   about: "About",
 };
-export const ANSWERS = { all: "any answer", right: "right answers", wrong: "wrong answers", again: "trained again" };
+export const ANSWERS = { all: "all", right: "right answers", wrong: "wrong answers", again: "trained again without" };
+
+/** A class in a link: its name, or its number where names may be mistaken. */
+function wordFor(label, { classes }) {
+  const name = classes[label];
+  const plain = !name.includes(",") && !/^\d+$/.test(name) && classes.indexOf(name) === classes.lastIndexOf(name);
+  return plain ? name : String(label);
+}
 
 /**
  * What is shown, as one plain object, and as the text of an address; whatever is not said is as here.
@@ -34,8 +41,8 @@ export function toText(state, data) {
   for (const name of ["trainings", "answer", "suspect"]) {
     if (state[name] !== first[name]) parts.set(name, state[name]);
   }
-  if (state.label !== null) parts.set("class", data.classes[state.label]);
-  if (state.pair) parts.set("pair", state.pair.map((label) => data.classes[label]).join(","));
+  if (state.label !== null) parts.set("class", wordFor(state.label, data));
+  if (state.pair) parts.set("pair", state.pair.map((label) => wordFor(label, data)).join(","));
   return parts.toString();
 }
 
@@ -53,7 +60,8 @@ export function fromText(text, data) {
   const among = (table) => (word) => (Object.hasOwn(table, word) ? word : undefined);
   const whole = (low, high) => (word) =>
     /^\d+$/.test(word) && Number(word) >= low && Number(word) <= high ? Number(word) : undefined;
-  const classOf = (word) => (data.classes.includes(word) ? data.classes.indexOf(word) : undefined);
+  const classOf = (word) =>
+    data.classes.includes(word) ? data.classes.indexOf(word) : whole(0, data.classes.length - 1)(word);
   const placeIn = (album) => (word) => (/^\d+$/.test(word) ? album.placeOf(Number(word)) : undefined);
   take("view", among(VIEWS));
   take("test", placeIn(data.tests));
@@ -64,7 +72,7 @@ export function fromText(text, data) {
   take("class", classOf);
   take("pair", (word) => {
     const pair = word.split(",").map(classOf);
-    return pair.length === 2 && !pair.includes(undefined) ? pair : undefined;
+    return pair.length === 2 && !pair.includes(undefined) && pair[0] !== pair[1] ? pair : undefined;
   });
   return { state, complaints };
 }

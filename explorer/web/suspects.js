@@ -1,5 +1,5 @@
 import { title } from "./cards.js";
-import { h, percent, withArticle } from "./dom.js";
+import { h, percent } from "./dom.js";
 
 /** The training images with the most suspicious labels, to judge oneself before being told which label is which. */
 export function makeSuspects(context) {
@@ -74,7 +74,7 @@ export function makeSuspects(context) {
         text,
       );
     const buttons = [
-      ...names.map((name) => button(name === suspect.given ? "given" : "suggested", withArticle(name))),
+      ...names.map((name) => button(name === suspect.given ? "given" : "suggested", name)),
       button("neither", same ? "something else, or I cannot tell" : "neither, or I cannot tell"),
     ];
     if (judged.has(state.suspect)) told.replaceChildren(...reveal(suspect));

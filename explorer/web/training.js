@@ -6,8 +6,8 @@ export function showTraining(state, context) {
   const { data, tiles, go } = context;
   const { train } = state;
   const many = data.sizes.trainings > 1 ? `, by the mean of ${data.sizes.trainings} trainings` : "";
-  const part = (kind, sign, name) => {
-    const rows = data.moved(kind, train).filter((row) => Math.sign(row.score) === sign);
+  const part = (kind, name) => {
+    const rows = data.moved(kind, train);
     const list = rows.length ? testCards(rows, context) : h("p", {}, "None of the photographs here.");
     return h("section", { class: kind, "aria-label": name }, h("h3", {}, name), list);
   };
@@ -25,7 +25,7 @@ export function showTraining(state, context) {
         h("p", {}, `Which of the ${data.tests.size} photographs here did it teach${many}?`),
       ),
     ),
-    part("helpful", 1, "It helped these most"),
-    part("harmful", -1, "It harmed these most"),
+    part("helpful", "It helped these most"),
+    part("harmful", "It harmed these most"),
   ];
 }

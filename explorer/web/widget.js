@@ -55,7 +55,12 @@ export function render({ model, el }) {
   const tabs = offered.map((view) =>
     h(
       "button",
-      { type: "button", class: "tab", "data-view": view, onclick: () => go({ view, train: null }) },
+      {
+        type: "button",
+        class: "tab",
+        "data-view": view,
+        onclick: () => go({ view, train: null, ...views[view].enter?.() }),
+      },
       VIEWS[view],
     ),
   );
@@ -76,7 +81,7 @@ export function render({ model, el }) {
   let state = firstState(data);
   let written = null;
 
-  function show(next, moved) {
+  function show(next) {
     const previous = state;
     state = next;
     const looked = state.train !== null; // a training image lies over the view from which it was clicked
@@ -84,20 +89,21 @@ export function render({ model, el }) {
     training.replaceChildren(...(looked ? showTraining(state, context).flat().filter(Boolean) : []));
     for (const tab of tabs) tab.setAttribute("aria-current", tab.dataset.view === state.view ? "page" : "false");
     if (!looked) views[state.view].update(state);
-    // Whoever goes elsewhere by the keyboard goes on reading there; the gallery keeps the focus while one moves in it.
-    const elsewhere =
-      previous.view !== state.view ||
-      previous.train !== state.train ||
-      (state.view !== "photograph" && previous.test !== state.test);
-    const inNavigation = document.activeElement?.closest?.(".explorer nav, .gallery, .matrix, select");
-    if (moved && elsewhere && !inNavigation) {
-      [...root.querySelectorAll(".title")].find((one) => one.offsetParent)?.focus();
-    }
+    return previous;
+  }
+
+  /** What had the focus is gone: then the picture that one comes back to has it, or the heading of what is new. */
+  function refocus(previous) {
+    if (document.activeElement !== document.body && document.activeElement?.getClientRects().length) return;
+    const seen = (selector) => [...root.querySelectorAll(selector)].find((one) => one.getClientRects().length);
+    const left = previous.train !== null && state.train === null;
+    const card = left && seen(`.card[data-train="${data.trains.number(previous.train)}"]`);
+    (card || seen(".title"))?.focus();
   }
 
   function go(changes) {
     message.hidden = true;
-    show({ ...state, ...changes }, true);
+    refocus(show({ ...state, ...changes }));
     written = toText(state, data);
     model.set("state", written);
     model.save_changes();
@@ -106,11 +112,18 @@ export function render({ model, el }) {
   function follow() {
     const text = model.get("state") ?? "";
     if (text === written) return;
+    written = text;
+    const within = root.contains(document.activeElement);
     const { state: asked, complaints } = fromText(text, data);
     message.textContent = complaints.join(" ");
     message.hidden = complaints.length === 0;
-    show(asked, false);
+    const previous = show(asked);
+    if (within) refocus(previous);
   }
+
+  root.addEventListener("keydown", (event) => {
+    if (state.train === null && !event.ctrlKey && !event.metaKey && !event.altKey) views[state.view].key?.(event.key);
+  });
 
   root.addEventListener("missing", (event) => {
     message.textContent = `Some pictures cannot be shown: ${event.detail}.`;
