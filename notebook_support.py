@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import PIL.Image
-import pyarrow
+import pyarrow.compute
 import torch
 import torch.nn.functional as F
 from cleanlab.rank import get_label_quality_scores
@@ -330,8 +330,12 @@ def _read_tiny_folder(folder: Path, labels: Sequence[int] | None) -> tuple[Image
         raise CorruptFileError(f"{folder} is not whole ({error}); unpack tiny-imagenet-200.zip again") from error
     if (count := 1 + max(label for _, label in parts[0])) != len(names):
         raise CorruptFileError(f"{folder}/train holds {count} classes and wnids.txt names {len(names)}; unpack again")
-    train, test = (_tiny_data(folder, names, part, labels) for part in parts)
-    return train, test
+
+    def data_of(part: Sequence[tuple[str, int]]) -> ImageData:
+        given = [label for _, label in part]
+        return _tiny_data(folder, names, given, lambda chosen: [part[number][0] for number in chosen], labels)
+
+    return data_of(parts[0]), data_of(parts[1])
 
 
 def _read_tiny_parquet(folder: Path, files: Sequence[Path], labels: Sequence[int] | None) -> ImageData:
@@ -340,23 +344,26 @@ def _read_tiny_parquet(folder: Path, files: Sequence[Path], labels: Sequence[int
         table = pyarrow.concat_tables(parquet.read_table(file, columns=["image", "label"]) for file in files)
         about = json.loads((table.schema.metadata or {})[b"huggingface"])
         names = about["info"]["features"]["label"]["names"]
-        pixels = (row["bytes"] for row in table["image"].to_pylist())
-        rows = list(zip(pixels, table["label"].to_pylist()))
+        given, pixels = table["label"].to_pylist(), pyarrow.compute.struct_field(table["image"], "bytes")
     except (OSError, ValueError, KeyError, TypeError) as error:  # what pyarrow raises is a ValueError or an OSError
         raise CorruptFileError(f"the parquet files in {folder} are not whole ({error!r}); download again") from error
-    return _tiny_data(folder, names, rows, labels)
+    return _tiny_data(folder, names, given, lambda numbers: pixels.take(numbers).to_pylist(), labels)
 
 
 def _tiny_data(
-    folder: Path, names: Sequence[str], rows: Sequence[tuple[str | bytes, int]], labels: Sequence[int] | None
+    folder: Path,
+    names: Sequence[str],
+    given: Sequence[int],
+    jpegs: Callable[[list[int]], Sequence[str | bytes]],
+    labels: Sequence[int] | None,
 ) -> ImageData:
-    """Images of the chosen classes, decoded; rows: (file or the JPEG itself, class) of all images."""
+    """Images of the chosen classes, decoded; given: the class of every image; jpegs: files, or JPEGs, of some."""
     chosen = list(range(len(names))) if labels is None else list(labels)
     check_labels(torch.tensor(chosen), len(names))
-    numbers = [i for i, (_, label) in enumerate(rows) if label in {*chosen}]
-    images = torch.stack([_decoded(rows[i][0], f"image {i} of {folder}") for i in numbers])
-    given = torch.tensor([rows[i][1] for i in numbers])
-    data = ImageData("Tiny ImageNet", images, given, _in_words(folder, names), torch.tensor(numbers))
+    numbers = [number for number, label in enumerate(given) if label in {*chosen}]
+    decoded = [_decoded(jpeg, f"image {number} of {folder}") for number, jpeg in zip(numbers, jpegs(numbers))]
+    kept = torch.tensor([given[number] for number in numbers])
+    data = ImageData("Tiny ImageNet", torch.stack(decoded), kept, _in_words(folder, names), torch.tensor(numbers))
     return data if labels is None else data.of_classes(chosen)
 
 

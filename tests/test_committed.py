@@ -187,6 +187,9 @@ def test_what_readme_says_of_the_chapters_comes_from_the_results():
         f"the loss rises {most['most helpful', 0.1]:.1f} times as much as foretold",
         "flip {:.0%} of 60 chosen test images".format(flips["pixels, by influence, 10"]),
         "at random {:.0%}.".format(flips["pixels, at random, 10"]),
+        "hold {aggregate:.0f}% of the errors of a majority of three (random flips: {flipped:.0f}%)".format(
+            **results()["human_labels"]["five_commonest_pairs"]
+        ),
     ):
         assert text in readme, text
 
