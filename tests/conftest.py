@@ -94,7 +94,7 @@ def explored(tmp_path_factory) -> SimpleNamespace:
     pairs = of_notebook("EDA.ipynb").near_duplicates(train, test, 0.95)
     suspects = ns.list_suspects(train, suspicion, said[0, :1].repeat(len(train), 0), pairs, "loss", 40)
     kinds = {kind: {"foretold": sign * 0.2, "measured": [1 + sign, 1.5 + sign]} for kind, sign in REMOVED.items()}
-    removals = [{"test": 130, "removed": 50, "nothing": [1.0, 1.5, 2.0], **kinds}]
+    removals = [{"test": 130, "removed": 50, "of": 600, "by": "chosen at will", "nothing": [1.0, 1.5, 2.0], **kinds}]
     words = {"title": "Digits <b>& others</b>", "about": ["A sentence with </script> in it."]}
     extras = explorer.Extras(pairs, suspects, removals, words)
     payload = explorer.gather(found, train, test, said, extras)

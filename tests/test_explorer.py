@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import explore  # noqa: E402  (the tools are scripts, not a package)
+import removals  # noqa: E402
 
 KINDS = ("helpful", "harmful")
 
@@ -500,6 +502,43 @@ def test_the_committed_page_shows_what_the_engine_computes(cifar):
         np.testing.assert_allclose(scores, own, rtol=0.02)  # another processor rounds otherwise
     chances = ns.evaluate(model, cifar[1].subset(numbers[rows])).probabilities.numpy()
     np.testing.assert_allclose(unpack(data["says"]["chances"])[0, rows], -np.sort(-chances, axis=1)[:, :2], rtol=1e-3)
+
+
+def test_what_retraining_gave_is_what_the_notebook_recorded():
+    told = json.loads((ROOT / "data/results.json").read_text("utf-8"))["retraining"]
+    records = page_data(COMMITTED)["removals"]
+    loss = lambda odds: np.log1p(np.exp(-np.array(odds)))  # noqa: E731
+    whole = [one for one in records if one["of"] == 50_000]
+    assert sorted(str(one["test"]) for one in whole) == sorted(told["all_images"]["loss"])
+    for one in whole:
+        for kind in ("helpful", "harmful", "random"):
+            mean = told["all_images"]["loss"][str(one["test"])][kind][0]
+            assert loss(one[kind]["measured"]).mean() == pytest.approx(mean, abs=0.01)
+    for name, row in told["removal_signs"].items():
+        kind, size = name.split()
+        part = [one for one in records if one["of"] == 5_000 and one["removed"] == int(size)]
+        assert len(part) == row["of"] == 6
+        pairs = [(loss(one[kind]["measured"]), loss(one["random"]["measured"])) for one in part]
+        changes = [(own - at_random[: len(own)]).mean() for own, at_random in pairs]  # of the same seeds
+        assert np.mean(changes) == pytest.approx(row["change"][0], abs=0.02)
+        assert all(one[kind]["foretold"] * (-1 if kind == "helpful" else 1) > 0 for one in part)
+
+
+def test_what_is_foretold_is_the_sum_of_the_scores_left_out():
+    rows = [(7, kind, rank, 3 * rank + (kind == "helpful")) for kind in ("harmful", "helpful") for rank in range(4)]
+    table = pd.DataFrame(rows, columns=["test_index", "kind", "rank", "train_index"])
+    seeds = {(kind, size): range(2) for kind in ("helpful", "harmful", "random") for size in (1, 3)}
+    trials = removals.trials_of(table, (1, 3), seeds | {("nothing", 0): range(3)}, 20)
+    assert len(trials) == 2 * (2 + 2 + 2) + 3
+    scores = np.random.default_rng(0).normal(size=20)
+    found = removals.foretold(trials, {7: scores})
+    assert found[7, "helpful", 3] == pytest.approx(-scores[[1, 4, 7]].sum(), abs=1e-4)
+    assert found[7, "harmful", 1] == pytest.approx(-scores[0], abs=1e-4)
+    picked = [np.random.default_rng(seed).choice(20, 3, replace=False) for seed in range(2)]
+    assert found[7, "random", 3] == pytest.approx(-np.mean([scores[one].sum() for one in picked]), abs=1e-4)
+    measured = removals.outcomes(trials, np.arange(len(trials))[:, None], [7])
+    assert measured[7, "nothing", 0] == [12, 13, 14]
+    assert measured[7, "harmful", 1] == [0, 1]
 
 
 def test_readme_and_results_tell_what_the_page_measures():

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from removals import at_full_size, of_a_part  # noqa: E402  (beside this script)
+
 import notebook_support as ns  # noqa: E402  (it lies beside the notebooks, not in a package)
 from explorer import Extras, Payload, gather, write_page  # noqa: E402
 from influence_functions import Influences, compute_influences  # noqa: E402
@@ -38,9 +40,6 @@ CONFIG = ns.TrainConfig()
 DATA, DOCS = ROOT / "data", ROOT / "docs"
 RIGHT, LEAST = 0.4, 2  # share of right answers among the test images of a class; images of each kind of mistake
 TITLE = "Who taught the machine?"
-CHOSEN_BY = "chosen by the scores of the first network alone (the mean of five checkpoints of its training)"
-REMOVED, SEEDS, ASKED = 500, range(200, 203), range(1_000)  # as in section 3 of retraining.ipynb
-Removal = tuple[list[NDArray[Any]], NDArray[Any]]
 ABOUT = (
     "Each of ten networks of the same kind (LeNet-style, 62,006 parameters) was trained on all 50,000 training images "
     "of CIFAR-10 from another random start. A score estimates by how much the log-odds of the right class would fall "
@@ -67,6 +66,8 @@ def choose_tests(
         right = [int(index) for index in own if said[index] == label]
         kinds = [own[said[own] == answer].tolist() for answer in np.unique(said[own]) if answer != label]
         mistakes = _in_turn(kinds, per_class - round(RIGHT * per_class))
+        if len(must) > per_class:
+            raise ValueError(f"{len(must)} images of class {label} are wanted: per_class must not be {per_class}")
         order = dict.fromkeys([*must, *mistakes, *right, *(index for kind in kinds for index in kind)])
         chosen += list(order)[:per_class]
     return np.sort(np.array(chosen, np.int64))
@@ -118,63 +119,24 @@ class Asked:
         return cls(models, probabilities.numpy(), -torch.stack(margins).double().numpy())
 
 
-def retrained(data: tuple[ns.ImageData, ns.ImageData], table: pd.DataFrame) -> dict[tuple[int, str], Removal]:
-    """(test image, kind) → the images left out and the log-odds (trainings,) then: section 3 of retraining.ipynb.
-
-    table: which images those were. Kind "random" has as many at random, others in each training.
-    """
-    train, test = data
-    everyone, groups = np.arange(len(train)), table.groupby(["test_index", "kind"])["train_index"]
-    gone = {(int(image), str(kind)): [part.to_numpy()] * len(SEEDS) for (image, kind), part in groups}
-    at_random = [np.random.default_rng(seed).choice(len(train), REMOVED, replace=False) for seed in SEEDS]
-    plan = [
-        (np.setdiff1d(everyone, out), seed) for outs in (*gone.values(), at_random) for out, seed in zip(outs, SEEDS)
-    ]
-    found = ns.retrain_all(train, test.subset(ASKED), plan, CONFIG, DATA / "retraining-full.npz")
-    odds = -found.margins.astype(np.float64).reshape(-1, len(SEEDS), len(ASKED))
-    told = {key: (outs, odds[place, :, key[0]]) for place, (key, outs) in enumerate(gone.items())}
-    return told | {(image, "random"): (at_random, odds[-1, :, image]) for image, _ in gone}
-
-
-def removals(
-    outcomes: dict[tuple[int, str], Removal], mean: dict[int, NDArray[Any]], asked: Asked
-) -> list[dict[str, Any]]:
-    """What the page tells of them: measured log-odds, and the change that the sum of the scores left out foretells.
-
-    mean: test image → its scores (n,), the mean of all trainings of the page.
-    """
-    rows = []
-    for image in dict.fromkeys(image for image, _ in outcomes):
-        row = {"test": image, "removed": REMOVED, "by": CHOSEN_BY, "nothing": _rounded(asked.odds[:, image])}
-        for kind in ("helpful", "harmful", "random"):
-            outs, odds = outcomes[image, kind]
-            foretold = np.mean([-mean[image][out].sum() for out in outs])
-            row[kind] = {"foretold": round(float(foretold), 4), "measured": _rounded(odds)}
-        rows.append(row)
-    return rows
-
-
-def _rounded(values: NDArray[Any]) -> list[float]:
-    return [round(float(value), 3) for value in values]
-
-
 def make_payload(trainings: int, per_class: int, scores: Path) -> Payload:
     """What the page shows, of the first `trainings` of ten; scores are kept in folder `scores`."""
     data = train, test = ns.load_data("cifar10")
     asked = Asked.of(data, trainings)
-    tables = {name: ns.read_table(DATA / f"{name}.csv") for name in ("removals-of-all", "stability")}
+    tables = {name: ns.read_table(DATA / f"{name}.csv") for name in ("removals-of-all", "removals", "stability")}
     if missing := [name for name, found in tables.items() if found is None]:
         raise FileNotFoundError(f"data/{missing[0]}.csv is missing: git checkout -- data, or make render")
-    left_out, shown = (found[0] for found in tables.values() if found is not None)
-    wanted = sorted({*left_out["test_index"].tolist(), *shown["test_index"].tolist()})  # of the story, and retrained
+    of_all, of_part, shown = (found[0] for found in tables.values() if found is not None)
+    wanted = sorted({int(index) for table in (of_all, of_part, shown) for index in table["test_index"]})
     tests = choose_tests(test.labels.numpy(), asked.probabilities.mean(0).argmax(1), per_class, wanted)
     files = score_files(asked.models, data, tests, scores)
-    again = sorted({*left_out["test_index"].tolist()} & {*tests.tolist()})
+    again = sorted({int(index) for index in of_all["test_index"]})
     rows = np.mean([Influences.load(file).scores[np.searchsorted(tests, again)] for file in files], axis=0)
+    done = at_full_size(data, of_all, dict(zip(again, rows)), asked.odds) + of_a_part(data, of_part)
     extras = Extras(
         pd.read_csv(DATA / "near-duplicates.csv"),
         pd.read_csv(DATA / "suspects.csv"),
-        removals(retrained(data, left_out), dict(zip(again, rows)), asked),
+        done,
         {"title": TITLE, "about": ABOUT, "choice": CHOICE},
     )
     return gather(files, train, test, asked.probabilities[:, tests], extras)

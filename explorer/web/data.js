@@ -53,7 +53,6 @@ export function openData(packed) {
   const choices = packed.says && table({ class: packed.says.choices, chance: packed.says.chances });
   const own = packed.says && unpack(packed.says.own);
   const tests = album(packed.tests, classes);
-  const removals = new Map(packed.removals.map((one) => [one.test, one]));
   const answer = (test) => (choices ? choices(sizes.trainings - 1, test)[0].class : null);
   return {
     ...packed,
@@ -73,6 +72,7 @@ export function openData(packed) {
     /** What all trainings together say, a class; null where it is not known. */
     answer,
     isRight: (test) => answer(test) === tests.label(test),
-    removal: (test) => removals.get(tests.number(test)),
+    /** What retraining without images gave for a test image: one record for each number of them. */
+    removalsOf: (test) => packed.removals.filter((one) => one.test === tests.number(test)),
   };
 }

@@ -93,28 +93,40 @@ function outcomes(removal) {
   );
 }
 
-/** "Train without them": only for the test images for which it was really done. */
-export function removalPanel(state, { data }) {
-  const removal = data.removal(state.test);
-  if (!removal) return null;
+/** One experiment: what was done, what came, what was foretold. */
+function showRemoval(removal, data) {
   const base = mean(removal.random.measured);
   const rows = Object.keys(ROWS).map((kind) => ({
     kind,
     measured: kind === "nothing" ? removal.nothing : removal[kind].measured,
     foretold: base + (kind in { helpful: 1, harmful: 1 } ? beyondRandom(removal, kind).foretold : 0),
   }));
-  const whole = data.sizes.train.toLocaleString("en");
   const task =
-    `${removal.removed} of ${whole} training images${removal.by ? `, ${removal.by},` : ""} were left out, and networks ` +
+    `${removal.removed} of ${removal.of.toLocaleString("en")} training images, ${removal.by}, were left out, and networks ` +
     "trained again from the start. Each dot is one network; a rhombus is what the scores foretell, counted from the mean " +
     "of those without as many at random.";
+  const alike = data.removals.filter((one) => one.of === removal.of && one.removed === removal.removed);
+  return [h("p", {}, task), chart(rows), outcomes(removal), h("p", { class: "quiet" }, verdict(alike))];
+}
+
+/** "Train without them": only for the test images for which it was really done. */
+export function removalPanel(state, { data }) {
+  const removals = data.removalsOf(state.test);
+  if (!removals.length) return null;
+  const detail = h("div");
+  const choose = (chosen) => {
+    detail.replaceChildren(...showRemoval(removals[chosen], data));
+    buttons.forEach((button, k) => button.setAttribute("aria-pressed", String(k === chosen)));
+  };
+  const buttons = removals.map(({ removed, of }, k) =>
+    h("button", { type: "button", onclick: () => choose(k) }, `${removed} of ${of.toLocaleString("en")}`),
+  );
+  choose(removals.length - 1);
   return h(
     "section",
     { class: "removal", "aria-label": "Train without them" },
     h("h3", {}, "Train without them: it was done"),
-    h("p", {}, task),
-    chart(rows),
-    outcomes(removal),
-    h("p", { class: "quiet" }, verdict(data.removals)),
+    removals.length > 1 && h("div", { class: "row", role: "group", "aria-label": "How many were left out" }, buttons),
+    detail,
   );
 }

@@ -83,7 +83,7 @@ export function filtered(state, data) {
     all: () => true,
     right: (test) => data.isRight(test),
     wrong: (test) => !data.isRight(test),
-    again: (test) => Boolean(data.removal(test)),
+    again: (test) => data.removalsOf(test).length > 0,
   }[state.answer];
   const places = Array.from({ length: data.tests.size }, (_, test) => test);
   return places.filter((test) => (state.label === null || data.tests.label(test) === state.label) && wanted(test));
