@@ -1,7 +1,8 @@
 import { h, signed } from "./dom.js";
 
 const ROWS = { nothing: "nothing", random: "at random", harmful: "most harmful", helpful: "most helpful" };
-const CHANCES = [0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999];
+// As many marks as have room.
+const CHANCES = [[0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], [0.001, 0.1, 0.5, 0.9, 0.999], [0.001, 0.5, 0.999], [0.5]];
 
 function mean(values) {
   return values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -12,8 +13,9 @@ function chart(rows) {
   const all = rows.flatMap((row) => [...row.measured, row.foretold]);
   const [low, high] = [Math.min(...all, -1) - 0.5, Math.max(...all, 1) + 0.5];
   const x = (value) => 100 + (480 * (value - low)) / (high - low);
-  const ticks = CHANCES.map((chance) => [chance, Math.log(chance / (1 - chance))]);
-  const inside = ticks.filter(([, odds]) => odds > low && odds < high);
+  const ticks = CHANCES.map((chances) => chances.map((chance) => [chance, Math.log(chance / (1 - chance))]));
+  const apart = (row) => row.every(([, odds], k) => k === 0 || x(odds) - x(row[k - 1][1]) >= 50);
+  const inside = (ticks.find(apart) ?? []).filter(([, odds]) => odds > low && odds < high);
   const line = ({ kind, measured, foretold }, k) => {
     const y = 20 + 34 * k;
     const rhombus = `M${x(foretold) - 7},${y}l7,-7l7,7l-7,7z`;
