@@ -5,9 +5,10 @@
     write_page(payload, folder)               the page, index.html and its sheets of images
 
 The rooms, from the ground up: `pictures` (whatever holds images → pixels), `sheets` (pixels → a few image files),
-`rankings` (scores → lists, and how steady they are), `groups` (what pushes a confusion, in look-alikes), `payload`
-(all of it, checked), `page`, `still`, `widget`. What the reader sees is written in `web/`, plain ES modules that
-`bundle` joins to one. Words and the one sign (positive = helpful) are those of `influence_functions`.
+`notes` (what tables say of an image), `sources` (where scores come from, checked), `album` (the images shown),
+`rankings` (scores → lists, and how steady they are), `groups` (what pushes a confusion, in look-alikes), `still`,
+`payload` (all of it), `page`, `widget`. What the reader sees is written in `web/`, plain ES modules that `bundle`
+joins to one. Words and the one sign (positive = helpful) are those of `influence_functions`.
 """
 
 from .page import write_page

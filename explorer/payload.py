@@ -13,7 +13,7 @@ from .album import Album, pack
 from .groups import Confusion, confusions
 from .notes import Notes, merged, near_duplicates_of, suspects_of, to_judge
 from .pictures import class_names_of, levels_of, numbers_of
-from .rankings import KINDS, SHOWN, TOP, Rankings, most_moved, rank
+from .rankings import KINDS, SHOWN, Rankings, most_moved, rank
 from .sheets import Sheets, make_sheets
 from .sources import Given, Labels, check_data, open_trainings
 from .still import draw_still
@@ -29,7 +29,7 @@ class Extras:
     """What a project knows besides the scores; all of it may be left out.
 
     near_duplicates, suspects: tables as in data/near-duplicates.csv and of `notebook_support.list_suspects`, which name
-    images by their number in the whole data set. removals: what retraining without images gave (`tools/explore.py`).
+    images by their number in the whole data set. removals: what retraining without images gave (`tools/removals.py`).
     words: what the reader is told: "title", "about" (a list of sentences), "choice" (how the test images were chosen).
     """
 
@@ -85,7 +85,7 @@ def gather(
     data = {
         "words": dict(known.words),
         "classes": names,
-        "sizes": _sizes(ranked, len(labels.trains)),
+        "sizes": {"train": len(labels.trains), "trainings": ranked.trainings, "top": ranked.top, "shown": SHOWN},
         "tests": tests.about(known.notes("test"), sheets[0].layout()),
         "trains": trains.about(known.notes("train"), sheets[1].layout()),
         "says": says and says.packed(),
@@ -108,12 +108,6 @@ def _checked(probabilities: NDArray[Any] | None, shape: tuple[int, int]) -> NDAr
     if not np.allclose(found.sum(-1), 1, atol=1e-3) or found.min() < 0:
         raise ValueError("probabilities must be from 0 and sum to 1 over the classes of each test image")
     return found
-
-
-def _sizes(ranked: Rankings, trains: int) -> dict[str, int]:
-    """To be among the first TOP means something only where there are many more; else `top` is 0: not counted."""
-    top = TOP if trains >= 10 * TOP else 0
-    return {"train": trains, "trainings": ranked.trainings, "top": top, "shown": SHOWN}
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,11 @@ class Rankings:
         """How many there are."""
         return len(self.lists["helpful"])
 
+    @property
+    def top(self) -> int:
+        """TOP where to be among the first TOP means something, since there are many more; else 0: not counted."""
+        return TOP if self.mean.shape[1] >= 10 * TOP else 0
+
 
 def rank(found: Sequence[Scored]) -> Rankings:
     """`Rankings` of one training after the other; at most half of their sums are in memory at a time."""

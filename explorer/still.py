@@ -41,7 +41,7 @@ def draw_still(
             if sign * score < 0:
                 about = f"{'−' if score < 0 else '+'}{abs(score):.2g}\n{names[trains.labels[place]]}"
                 _show(ax, pixels[1][place]).set_title(f"{about}\n#{trains.numbers[place]}", **look)
-                if ranked.trainings > 1:
+                if ranked.trainings > 1 and ranked.top:
                     found = f"{ranked.agreement[kind][-1, 0, column]} of {ranked.trainings}"
                     ax.text(0.5, -0.08, found, transform=ax.transAxes, ha="center", va="top", fontsize=7.5)
     return _png(figure)

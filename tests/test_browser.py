@@ -26,6 +26,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from influence_functions import Influences
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from explore import find_chromium  # noqa: E402  (the tools are scripts, not a package)
+
 DOCS = ROOT / "docs/index.html"
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 QUIET = (*QUIET, "--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -35,7 +39,7 @@ VIEWS = ("photograph", "guess", "confusion", "suspects", "about")
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """The system's Chromium; without one the tests are left out, and the end of `make test` says so."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    found = find_chromium()
     if found is None:
         pytest.skip(NO_BROWSER)
     with sync_playwright() as playwright:

@@ -33,7 +33,7 @@ from removals import at_full_size, of_a_part  # noqa: E402  (beside this script)
 import notebook_support as ns  # noqa: E402  (it lies beside the notebooks, not in a package)
 from explorer import Extras, Payload, gather, write_page  # noqa: E402
 from influence_functions import Influences, compute_influences  # noqa: E402
-from influence_functions._support import atomic_path  # noqa: E402
+from influence_functions._support import atomic_path, bytes_of  # noqa: E402
 from influence_functions.measures import MEASURES  # noqa: E402
 
 CONFIG = ns.TrainConfig()
@@ -90,7 +90,7 @@ def score_files(
     about = hashlib.sha256(f"{data[0].fingerprint} {data[1].fingerprint} {tests.tolist()}".encode()).hexdigest()[:8]
     files = []
     for j, model in enumerate(models):
-        weights = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+        weights = b"".join(map(bytes_of, model.state_dict().values()))
         files.append(folder / f"influences-{about}-{j}-{hashlib.sha256(weights).hexdigest()[:8]}.npz")
         if not files[-1].exists():
             start = time.perf_counter()
@@ -142,13 +142,18 @@ def make_payload(trainings: int, per_class: int, scores: Path) -> Payload:
     return gather(files, train, test, asked.probabilities[:, tests], extras)
 
 
+def find_chromium() -> str | None:
+    """Where the system's Chromium or Chrome is."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 def take_picture(page: Path, target: Path) -> None:
     """The picture that README shows, of an airplane taken for a deer; needs Chromium and requirements-dev.txt."""
     from playwright.sync_api import sync_playwright  # only here: to build the page needs no browser
 
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = find_chromium()
     if chromium is None:
-        raise FileNotFoundError("a picture of the page needs Chromium (Debian: apt-get install chromium)")
+        sys.exit("no picture was taken: that needs Chromium (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         window = browser.new_page(viewport={"width": 1100, "height": 850})
@@ -174,14 +179,14 @@ def main() -> int:
     try:
         payload = make_payload(options.trainings, options.per_class, options.scores)
         written = write_page(payload, options.to)
-        if options.picture:
-            take_picture(written[0].resolve(), options.picture)
     except (ValueError, OSError) as error:
         print(f"{error}\nnothing was written to {options.to}", file=sys.stderr)
         return 1
     if options.to == DOCS:
         measured = {"steady": payload.data["steady"], "tests": payload.data["tests"]["number"]["shape"][0]}
         ns.record_results(DATA / "results.json", "explorer", measured)
+    if options.picture:
+        take_picture(written[0].resolve(), options.picture)
     size = sum(file.stat().st_size for file in written)
     print(f"wrote {written[0]} in {time.perf_counter() - start:.0f} s: {len(written)} files, {size / 1e6:.1f} MB")
     return 0

@@ -1,5 +1,5 @@
 import { title } from "./cards.js";
-import { h, percent } from "./dom.js";
+import { h, percent, tableHead } from "./dom.js";
 
 /** How steady the lists are, as measured: a row for each number of trainings. */
 function steadyTable({ steady, tests, sizes }) {
@@ -7,25 +7,16 @@ function steadyTable({ steady, tests, sizes }) {
   const cell = ([share, half]) => h("td", {}, `${percent(share)} ± ${Math.max(1, Math.round(100 * half))} %`);
   const row = (helpful, k) =>
     h("tr", {}, h("th", { scope: "row" }, String(k + 1)), cell(helpful), cell(steady.harmful[k]));
-  const head = () =>
-    h(
-      "thead",
-      {},
-      h(
-        "tr",
-        {},
-        ["trainings", "helpful", "harmful"].map((text) => h("th", { scope: "col" }, text)),
-      ),
-    );
   const what =
     `Of the ${sizes.shown} pictures that so many trainings show, the share that as many other trainings have among ` +
     `their first ${sizes.top}: mean over ${tests.size} photographs and its 95 % interval over them.`;
   return [
     h("h3", {}, "How steady are the pictures?"),
     h("p", {}, what),
-    h("table", { "aria-label": what }, head(), h("tbody", {}, steady.helpful.map(row))),
+    h("table", { "aria-label": what }, tableHead(["trainings", "helpful", "harmful"]), h("tbody", {}, steady.helpful.map(row))),
   ];
 }
+
 /** Whose harm it is where the answer is wrong: counted over what is shown. */
 function rivals(data) {
   let [harmful, ofTheAnswer, ofTheLabel] = [0, 0, 0];

@@ -1,5 +1,6 @@
 import { testCards, title, trainingCards } from "./cards.js";
 import { counted, decimalsFor, h, signed } from "./dom.js";
+import { filtered } from "./state.js";
 
 /** The cells with photographs: "label,said" → how many. */
 function counts(data) {
@@ -14,10 +15,7 @@ function counts(data) {
 /** The matrix: a row for each class, a column for each answer. */
 function makeMatrix({ data, go }) {
   const found = counts(data);
-  const most = Math.max(
-    ...[...found].filter(([key]) => new Set(key.split(",")).size === 2).map(([, count]) => count),
-    1,
-  );
+  const most = Math.max(...data.confusions.map(({ tests }) => tests.length));
   const cell = (label, said) => {
     const count = found.get(`${label},${said}`) ?? 0;
     const right = label === said;
@@ -32,17 +30,15 @@ function makeMatrix({ data, go }) {
         "data-pair": `${label},${said}`,
         "aria-label": `${counted(count, "photograph")} of ${data.classes[label]} called ${data.classes[said]}`,
         onclick: () =>
-          right ? go({ view: "photograph", label, answer: "right", ...firstOf(label) }) : go({ pair: [label, said] }),
+          right ? go({ view: "photograph", ...rightOnes(label), train: null }) : go({ pair: [label, said] }),
       },
       String(count),
     );
     return h("td", { class: right ? "right" : "" }, button);
   };
-  const firstOf = (label) => {
-    const test = Array.from({ length: data.tests.size }, (_, k) => k).find(
-      (k) => data.tests.label(k) === label && data.isRight(k),
-    );
-    return { test, train: null };
+  const rightOnes = (label) => {
+    const filter = { label, answer: "right" };
+    return { ...filter, test: filtered(filter, data)[0] };
   };
   const row = (name, label) =>
     h(
@@ -73,10 +69,9 @@ function makeMatrix({ data, go }) {
   };
   table.addEventListener("focusin", (event) => choose(event.target));
   moveInMatrix(table, buttons);
+  const mistakes = buttons.filter((one) => !one.closest(".right"));
   const mark = (pair) =>
-    buttons
-      .filter((one) => new Set(one.dataset.pair.split(",")).size === 2)
-      .forEach((one) => one.setAttribute("aria-pressed", String(one.dataset.pair === String(pair))));
+    mistakes.forEach((one) => one.setAttribute("aria-pressed", String(one.dataset.pair === String(pair))));
   return { table, mark };
 }
 

@@ -14,6 +14,12 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** The head of a table: a column for each text. */
+export function tableHead(texts) {
+  const columns = texts.map((text) => h("th", { scope: "col" }, text));
+  return h("thead", {}, h("tr", {}, columns));
+}
+
 /** "1 photograph", "5 photographs". */
 export function counted(count, noun) {
   return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;

@@ -1,4 +1,4 @@
-import { h, signed } from "./dom.js";
+import { h, signed, tableHead } from "./dom.js";
 
 const ROWS = { nothing: "nothing", random: "at random", harmful: "most harmful", helpful: "most helpful" };
 // As many marks as have room.
@@ -81,15 +81,7 @@ function outcomes(removal) {
     h(
       "table",
       { "aria-label": "Log-odds of the right class" },
-      h(
-        "thead",
-        {},
-        h(
-          "tr",
-          {},
-          columns.map((text) => h("th", { scope: "col" }, text)),
-        ),
-      ),
+      tableHead(columns),
       h("tbody", {}, Object.keys(ROWS).map(cells)),
     ),
   );
