@@ -24,7 +24,6 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -69,7 +68,7 @@ from influence_functions import (
 from influence_functions._support import Indices, as_indices, atomic_path, bytes_of, read_if_whole
 from influence_functions.measures import check_labels
 from influence_functions.metrics import found_by
-from influence_functions.private import private_copy
+from influence_functions.private import copy_of, private_copy
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ Setup: run mode, device, seeds, safe files                                                                   ║
@@ -120,6 +119,13 @@ def seed_everything(seed: int) -> None:
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DOWNLOAD_PATIENCE_S = 15.0
+_SAID = (
+    "THIS IS NOT CIFAR-10",
+    "CIFAR-10 was found neither in data/ nor in CIFAR10_DIR, and cannot be downloaded.",
+    "Every cell runs, but on a STAND-IN: scikit-learn's 1,797 handwritten digits, enlarged.",
+    "Nothing the text says about planes, cats or dogs applies to what you see.",
+)
+STAND_IN_BANNER = "\n".join(["!" * 96, *(f"!!  {line:<88}  !!" for line in _SAID), "!" * 96])
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +174,11 @@ class ImageData:
         place[list(classes)] = torch.arange(len(classes))
         part, names = self.subset(place[self.labels] >= 0), tuple(self.class_names[one] for one in classes)
         return dataclasses.replace(part, labels=place[part.labels], class_names=names)
+
+    @property
+    def mirrored(self) -> ImageData:
+        """The same images, left and right exchanged."""
+        return dataclasses.replace(self, images=self.images.flip(3))
 
     def number_of(self, index: int) -> int:
         """Index in the whole data set, as torchvision counts, of image `index` of this part."""
@@ -226,19 +237,8 @@ def _cifar10_or_digits(dataset: str, root: Path) -> tuple[ImageData, ImageData]:
             f"CIFAR-10 is neither in {root}/ nor in CIFAR10_DIR, and cannot be downloaded. Unpack "
             f"cifar-10-python.tar.gz so that {root / CIFAR10.base_folder}/ holds its files, or set CIFAR10_DIR."
         )
-    print(stand_in_banner())
+    print(STAND_IN_BANNER)
     return _digits()
-
-
-def stand_in_banner() -> str:
-    """The notice that nobody can overlook when there is no CIFAR-10."""
-    lines = (
-        "THIS IS NOT CIFAR-10",
-        "CIFAR-10 was found neither in data/ nor in CIFAR10_DIR, and cannot be downloaded.",
-        "Every cell runs, but on a STAND-IN: scikit-learn's 1,797 handwritten digits, enlarged.",
-        "Nothing the text says about planes, cats or dogs applies to what you see.",
-    )
-    return "\n".join(["!" * 96, *(f"!!  {line:<88}  !!" for line in lines), "!" * 96])
 
 
 def _find_cifar10(root: Path) -> Path | None:
@@ -438,15 +438,22 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise CorruptFileError(f"{path} is damaged or not what it should be ({error}). {CIFARN_HELP}") from error
 
 
-def shuffled_batches(data: ImageData, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def shuffled_batches(
+    data: ImageData, batch_size: int, generator: torch.Generator, mirror: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over `data` in a random order: images (b, 3, 32, 32), normalised, and labels (b,).
 
-    A last batch of one image joins the one before: batch normalisation cannot train on one.
+    mirror: every other image, by chance, left and right exchanged. A last batch of one image joins the one before:
+    batch normalisation cannot train on one.
     """
     order = torch.randperm(len(data), generator=generator)
     for part in range(batches_of(len(data), batch_size)):
         end = (part + 1) * batch_size
-        yield data.batch(order[part * batch_size : len(data) if end + 1 >= len(data) else end])
+        images, labels = data.batch(order[part * batch_size : len(data) if end + 1 >= len(data) else end])
+        if mirror:
+            turned = torch.rand(len(labels), 1, 1, 1, generator=generator) < 0.5
+            images = torch.where(turned, images.flip(3), images)
+        yield images, labels
 
 
 def batches_of(n: int, batch_size: int) -> int:
@@ -555,7 +562,17 @@ def densenet() -> nn.Module:
     return model
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"Net": Net, "DenseNet-BC-100-12": densenet}
+def convnet() -> nn.Module:
+    """Eight plain layers, after Jordan 2024 (arXiv:2404.00498), narrower: (b, 3, 32, 32) → (b, 10), p is 295,106."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 24, 2), nn.ReLU()]
+    for inputs, outputs in ((24, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    head = [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, 10)]
+    return nn.Sequential(*layers, *head).to(memory_format=torch.channels_last)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"Net": Net, "DenseNet-BC-100-12": densenet, "ConvNet-8": convnet}
 MODELS |= {f"ResNet-{depth}": partial(resnet, depth) for depth in (8, 20, 110)}
 
 
@@ -565,6 +582,7 @@ class TrainConfig:
 
     SGD with Nesterov momentum and a one-cycle learning rate that peaks at `peak_lr` (Smith 2018, arXiv:1708.07120).
     mixed: passes in bfloat16, weights in float32 (Micikevicius et al. 2018, arXiv:1710.03740), in the end in float16.
+    mirror: about half the images of a pass are shown left and right exchanged; influence knows nothing of it.
     """
 
     seed: int = 0
@@ -575,6 +593,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     model: str = "Net"
     mixed: bool = False
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -588,29 +607,17 @@ class TrainConfig:
         return MODELS[self.model]().to(pick_device())
 
     def numbers(self) -> dict[str, float]:
-        """All but the model, which tells of itself (see `model_identity`), and `mixed` where it is not."""
-        left_out = {"model"} if self.mixed else {"model", "mixed"}
-        return {name: value for name, value in asdict(self).items() if name not in left_out}
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch `model` to eval mode for the block, then every sub-module back to the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
+        """All but the model, which tells of itself (see `model_identity`), and what is switched off."""
+        return {name: value for name, value in asdict(self).items() if name != "model" and value is not False}
 
 
 def predict(model: nn.Module, data: ImageData, batch_size: int = 1000) -> Tensor:
-    """(n, C) logits on the CPU, computed in eval mode."""
-    device = next(model.parameters()).device
-    with eval_mode(model), torch.no_grad():
+    """(n, C) logits on the CPU, computed in eval mode (of a copy, so that the model stays as it is)."""
+    device, private = next(model.parameters()).device, copy_of(model)
+    private.eval()
+    with torch.no_grad():
         parts = torch.arange(len(data)).split(batch_size)
-        return torch.cat([model(data.batch(part)[0].to(device)).cpu() for part in parts])
+        return torch.cat([private(data.batch(part)[0].to(device)).cpu() for part in parts])
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -651,7 +658,7 @@ def train_model(
     history, kept, start = [], {}, time.perf_counter()
     epochs = range(1, config.epochs + 1)
     for epoch in tqdm(epochs, desc="training", unit="epoch", leave=False, disable=validation is None):
-        batches = shuffled_batches(train, config.batch_size, generator)
+        batches = shuffled_batches(train, config.batch_size, generator, config.mirror)
         row = {"epoch": epoch, **_train_epoch(model, batches, optimizer, scheduler, config.mixed)}
         if validation is not None:
             logits = predict(model, validation)
@@ -890,7 +897,7 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, data: ImageData) -> Evaluation:
-    """Run `model` (in eval mode, put back afterwards) over `data`."""
+    """Run `model` (in eval mode) over `data`."""
     return Evaluation(predict(model, data), data.labels, data.class_names)
 
 
@@ -1135,22 +1142,37 @@ def _swap_partners(classes: int, swaps: Sequence[tuple[int, int]]) -> dict[int, 
 
 
 def out_of_fold_probabilities(
-    trains: Sequence[ImageData], config: TrainConfig, folder: str | Path, folds: int = 3, jobs: int = -1
+    trains: Sequence[ImageData],
+    config: TrainConfig,
+    folder: str | Path,
+    folds: int = 3,
+    jobs: int = -1,
+    checkpoints: Sequence[int] = (),
 ) -> list[NDArray[np.float32]]:
     """For each data set (n, C) probabilities of each image, by a model that has not seen it.
 
     Cross-validation, each fold with its share of every label: `folds` models a data set, trained on the other folds,
-    all `train_models`. Pass all data sets at once, so that no core waits between them.
+    all `train_models`. Pass all data sets at once, so that no core waits between them. Each answer is the mean of
+    `mean_probabilities`, over the epochs `checkpoints`.
     """
     splitter = StratifiedKFold(folds, shuffle=True, random_state=config.seed)
     splits = [list(splitter.split(np.zeros(len(train)), train.labels.numpy())) for train in trains]
     parts = [train.subset(kept) for train, split in zip(trains, splits) for kept, _ in split]
-    trainings = iter(train_models(parts, config, [config.seed] * len(parts), folder, jobs))
+    trainings = iter(train_models(parts, config, [config.seed] * len(parts), folder, jobs, checkpoints))
     probabilities = [np.zeros((len(train), len(train.class_names)), np.float32) for train in trains]
     for train, split, found in zip(trains, splits, probabilities):
         for _, left_out in split:
-            found[left_out] = evaluate(next(trainings).model, train.subset(left_out)).probabilities.numpy()
+            found[left_out] = mean_probabilities(next(trainings), train.subset(left_out), config)
     return probabilities
+
+
+def mean_probabilities(training: Training, data: ImageData, config: TrainConfig) -> NDArray[np.float32]:
+    """(n, C) mean over the training's checkpoints (its model, where it has none); with `mirror`, of both ways round."""
+    views = (data, data.mirrored) if config.mirror else (data,)
+    models = training.checkpoints.values() or (training.model,)
+    with torch.autocast(pick_device().type, torch.bfloat16, enabled=config.mixed):
+        asked = [evaluate(model, view) for model in models for view in views]
+    return torch.stack([one.logits.float().softmax(1) for one in asked]).mean(0).numpy()
 
 
 def suspicion_scores(
@@ -1177,7 +1199,7 @@ def suspicion_scores(
         "influence": lambda: -mean_influences(model, train, validation, measure="loss", seed=seed),
         "gradient norm": lambda: (len(train) * self_influences(model, train, solver="identity", measure="loss")) ** 0.5,
         "loss": lambda: evaluate(model, train).losses.numpy(),
-        "margin": lambda: _logit_margins(evaluate(model, train)),
+        "margin": lambda: label_margins(predict(model, train), train.labels),
         "out of fold": lambda: -get_label_quality_scores(given, probabilities),
         "confident learning": lambda: -get_label_quality_scores(given, probabilities, adjust_pred_probs=True),
     }
@@ -1185,7 +1207,7 @@ def suspicion_scores(
         "self-influence": lambda: self_influences(early, train, measure="loss", seed=seed),
         "influence": lambda: -mean_influences(early, train, validation, measure="loss", seed=seed),
         "loss": lambda: np.mean([evaluate(one, train).losses.numpy() for one in early], axis=0),
-        "margin": lambda: np.mean([_logit_margins(evaluate(one, train)) for one in early], axis=0),
+        "margin": lambda: np.mean([label_margins(predict(one, train), train.labels) for one in early], axis=0),
     }
     ways |= {f"{name}, on the way": score for name, score in on_the_way.items() if early}
     table, seconds = pd.DataFrame(index=pd.RangeIndex(len(train), name="index")), {}
@@ -1197,11 +1219,13 @@ def suspicion_scores(
     return table
 
 
-def _logit_margins(result: Evaluation) -> NDArray[Any]:
-    """(n,) the largest logit of another class less that of the label: above 0, the model says something else."""
-    own = result.logits.gather(1, result.labels[:, None])[:, 0]
-    others = result.logits.scatter(1, result.labels[:, None], -math.inf)
-    return (others.max(1).values - own).numpy()
+def label_margins(logits: Tensor, labels: Tensor) -> NDArray[Any]:
+    """(n,) the largest logit (n, C) of another class less that of the label: above 0, the model says something else.
+
+    Logarithms of probabilities do as well: a softmax changes no difference of logits.
+    """
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return (logits.scatter(1, labels[:, None], -math.inf).max(1).values - own).numpy()
 
 
 def list_suspects(
@@ -1263,18 +1287,12 @@ HELPFUL_COLOUR, HARMFUL_COLOUR = "#0072B2", "#D55E00"  # Okabe & Ito: told apart
 
 def use_style() -> None:
     """The one look of every figure: 7 inches at most, quiet axes."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7, 3),
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "image.interpolation": "nearest",
-        }
-    )
+    plt.rc("figure", figsize=(7, 3), dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("font", size=9)
+    plt.rc("axes", titlesize=10)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("image", interpolation="nearest")
 
 
 def show_figure(figure: Figure, path: str | Path) -> None:

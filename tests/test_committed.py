@@ -180,7 +180,7 @@ def test_the_numbers_of_the_readme_come_from_the_results():
 
 def test_what_readme_says_of_the_chapters_comes_from_the_results():
     readme, tuned = (ROOT / "README.md").read_text(encoding="utf-8"), results()["finetuning"]
-    flips = results()["stress_test"]["flipped"]
+    flips, errors, words = results()["stress_test"]["flipped"], results()["label_errors"], ("no", "one", "two", "three")
     most = {(row["left out"], row["share"]): row["actual ÷ foretold"] for row in tuned["groups"]}
     for text in (
         f"Pearson {tuned['pearson']['cg']['all pairs']:.4f} over 300 refits",
@@ -190,6 +190,12 @@ def test_what_readme_says_of_the_chapters_comes_from_the_results():
         "hold {aggregate:.0f}% of the errors of a majority of three (random flips: {flipped:.0f}%)".format(
             **results()["human_labels"]["five_commonest_pairs"]
         ),
+        "holds {best:.0%} of the errors of a majority of three, the loss finds {loss:.0%}, cleanlab's score "
+        "{out of fold:.0%} (both with `Net`), influence averaged over five epochs {influence, on the way:.0%}.".format(
+            best=errors["steps"]["aggregate"]["ConvNet-8, out of fold, over both"]["found"][0],
+            **{name: pair["found"][0] for name, pair in errors["scores"]["aggregate"].items()},
+        ),
+        f"test set {words[errors['test']['by_eye']['wrong']]} of the fifty most suspicious labels",
     ):
         assert text in readme, text
 

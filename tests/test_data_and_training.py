@@ -145,7 +145,14 @@ def test_a_checkpoint_is_used_only_for_this_very_configuration_and_data(digits, 
 
 
 @pytest.mark.parametrize(
-    ("name", "params"), {"Net": 62_006, "ResNet-8": 75_290, "ResNet-20": 269_722, "DenseNet-BC-100-12": 769_162}.items()
+    ("name", "params"),
+    {
+        "Net": 62_006,
+        "ResNet-8": 75_290,
+        "ConvNet-8": 295_106,
+        "ResNet-20": 269_722,
+        "DenseNet-BC-100-12": 769_162,
+    }.items(),
 )
 def test_mixed_training_learns_and_is_kept_in_half_the_bytes(name, params, digits, tmp_path):
     config, part = ns.TrainConfig(model=name, epochs=1, batch_size=16, mixed=True), digits[0].subset(range(64))
@@ -160,6 +167,30 @@ def test_mixed_training_learns_and_is_kept_in_half_the_bytes(name, params, digit
     plain = ns.train_models(part, dataclasses.replace(config, mixed=False), [0], tmp_path / "plain", 1)[0]
     assert made.history["train_loss"][0] == pytest.approx(plain.history["train_loss"][0], rel=0.05)
     assert made.history["train_loss"][0] != plain.history["train_loss"][0]
+
+
+def test_mirrored_images_are_shown_to_half_and_change_nothing_else(digits):
+    part = digits[0].subset(range(200))
+    assert torch.equal(part.mirrored.images, part.images.flip(-1))
+    assert torch.equal(part.mirrored.labels, part.labels)
+    shown = {flag: [*ns.shuffled_batches(part, 64, torch.Generator().manual_seed(1), flag)] for flag in (False, True)}
+    images, labels = (torch.cat(side) for side in zip(*shown[True]))
+    known = {(image.numpy().tobytes(), int(label)) for image, label in zip(*part.batch(torch.arange(200)))}
+    turned = {(image.numpy().tobytes(), int(label)) for image, label in zip(*part.mirrored.batch(torch.arange(200)))}
+    both = [(image.numpy().tobytes(), int(label)) for image, label in zip(images, labels)]
+    assert set(both) <= known | turned
+    assert 60 < sum(one in turned for one in both) < 140  # 100 ± 5.7 standard deviations
+    first, again = shown[False][0], next(ns.shuffled_batches(part, 64, torch.Generator().manual_seed(1)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_a_training_with_mirrored_images_is_another(digits, tmp_path):
+    config = ns.TrainConfig(epochs=1, batch_size=32)
+    mirror = dataclasses.replace(config, mirror=True)
+    assert "mirror" not in config.numbers(), "trainings kept before there was mirroring are still found"
+    assert mirror.numbers()["mirror"] is True
+    plain, turned = (ns.train_models(digits[0], one, [0], tmp_path, 1)[0] for one in (config, mirror))
+    assert not torch.equal(plain.model.fc3.weight, turned.model.fc3.weight)
 
 
 def test_what_float16_cannot_hold_is_kept_as_it_is_after_mixed_training(digits):

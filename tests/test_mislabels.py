@@ -1,5 +1,7 @@
 """Labels made wrong on purpose, what finds them, and every mistake named."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -155,6 +157,42 @@ def test_out_of_fold_models_have_not_seen_what_they_judge(digits, tmp_path, monk
         (training,) = original(seen[fold], CONFIG, [0], tmp_path)
         answer = ns.evaluate(training.model, train.subset([index])).probabilities[0].numpy()
         np.testing.assert_allclose(found[index], answer, rtol=1e-4)
+
+
+def test_probabilities_are_the_mean_over_epochs_and_over_both_ways_round(digits):
+    train, _ = digits
+    config = ns.TrainConfig(epochs=2, batch_size=32, model="ConvNet-8", mirror=True)
+    training = ns.train_once(train.subset(range(100)), config, checkpoints=(1, 2))
+    part = train.subset(range(100, 120))
+    found = ns.mean_probabilities(training, part, config)
+    answers = [
+        training.checkpoints[epoch](ns.normalise(images)).softmax(1)
+        for epoch in (1, 2)
+        if training.checkpoints[epoch].eval()
+        for images in (part.images, part.images.flip(3))
+    ]
+    np.testing.assert_allclose(found, torch.stack(answers).mean(0).detach().numpy(), rtol=1e-4, atol=1e-6)
+    assert np.abs(found - answers[0].detach().numpy()).max() > 1e-3, "one answer alone is another"
+    plain = dataclasses.replace(config, mirror=False)
+    alone = ns.mean_probabilities(ns.Training(training.model, training.history), part, plain)
+    np.testing.assert_allclose(alone, ns.evaluate(training.model, part).probabilities, rtol=1e-5)
+
+
+def test_probabilities_of_a_mixed_training_are_asked_in_bfloat16(digits):
+    train, config = digits[0].subset(range(64)), ns.TrainConfig(epochs=1, model="ConvNet-8", mixed=True)
+    training = ns.train_once(train, config)
+    mixed = ns.mean_probabilities(training, train, config)
+    exact = ns.evaluate(training.model, train).probabilities.numpy()
+    assert mixed.dtype == np.float32
+    assert 0 < np.abs(mixed - exact).max() < 0.05
+    np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-5)
+
+
+def test_margins_by_hand_of_logits_and_of_probabilities_alike():
+    logits = torch.tensor([[2.0, 0.5, 1.0], [0.0, 3.0, 4.0]])
+    labels = torch.tensor([0, 1])
+    np.testing.assert_allclose(ns.label_margins(logits, labels), [-1.0, 1.0])
+    np.testing.assert_allclose(ns.label_margins(logits.softmax(1).log(), labels), [-1.0, 1.0], rtol=1e-5)
 
 
 def test_every_score_of_a_trained_model_finds_wrong_labels_better_than_chance(digits, tmp_path):

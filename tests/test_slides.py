@@ -29,7 +29,10 @@ COMPUTED = [  # what the slides look up by names that they compute
         ("mislabels", "detection", "any class", score, "found")
         for score in ("influence, on the way", "loss, on the way")
     ),
-    ("mislabels", "detection", "look-alikes", "margin", "found"),
+    *(
+        ("label_errors", "steps", "aggregate", step, "found")
+        for step in ("loss (one Net)", "ConvNet-8, out of fold, over both")
+    ),
     ("mislabels",),
 ]
 
@@ -102,7 +105,7 @@ def test_other_results_give_other_slides(copy, tmp_path):
     slides.write(tmp_path / "other.pdf", slides.build(copy))
     text = words(PdfReader(tmp_path / "other.pdf"))
     assert "gets 41 of 100" in text
-    assert "finds 93 % of the wrong labels" in text
+    assert "one look in 10 finds 93 %." in text
     assert "Influence finds more wrong labels than any other way" in text
 
 
